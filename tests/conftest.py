@@ -1,0 +1,9 @@
+"""Tests import the script from the folder above, and use the project's copy of GPT-2's vocabulary if it is there."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if (ROOT.parent / "shared" / "tiktoken").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared" / "tiktoken"))

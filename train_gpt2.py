@@ -1,0 +1,97 @@
+"""
+GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
+it changed.
+
+    python train_gpt2.py                            where GPT-2's parameters are
+
+Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
+Multitask Learners", GPT-2.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+
+class UserError(ValueError):
+    """What the user asked for cannot be; the message says why and what to do."""
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+@dataclass
+class GPTConfig:
+    """The shape of a GPT; GPT-2 124M by default. In shapes, B are sequences, T tokens, C = nh * hs heads of size hs."""
+    block_size: int = 1024      # the longest T; each position has a learned vector
+    vocab_size: int = 50257     # ids the tokenizer has: 256 bytes + 50,000 merges + <|endoftext|>
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768           # C, the width of the residual stream
+
+    def __post_init__(self):
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share it equally")
+
+
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124 M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355 M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774 M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),      # 1,558 M
+}
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token looks back: it compares its query with the keys of the tokens before it and its own, and takes in the
+    mean of their values, weighted by softmax(q k^T / sqrt(hs)). Each head has a query, key and value of its own."""
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one matrix
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+
+class MLP(nn.Module):
+    """Every token thinks by itself: C -> 4 C -> C."""
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+
+class Block(nn.Module):
+    """Talk, then think."""
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head over the vocabulary."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+
+def main():
+    """Where the parameters of each size are, in millions."""
+    print(f"{'':12} {'wte':>7} {'wpe':>7} {'attention':>9} {'mlp':>7} {'layernorm':>9} {'lm_head':>7} {'total':>8}")
+    for name, size in SIZES.items():
+        with torch.device("meta"):  # shapes without memory
+            model = GPT(GPTConfig(**size))
+        def millions(part):
+            return sum(p.numel() for key, p in model.named_parameters() if part in key) / 1e6
+        print(f"{name:12} {millions('wte'):7.2f} {millions('wpe'):7.2f} {millions('.attn.'):9.2f} "
+              f"{millions('.mlp.'):7.2f} {millions('ln_'):9.3f} {millions('lm_head'):7.2f} {millions(''):8.2f}")
+
+
+if __name__ == "__main__":
+    main()
