@@ -2,11 +2,12 @@
 GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
 it changed.
 
-    python train_gpt2.py                            where GPT-2's parameters are
+    python train_gpt2.py                            what a token can see in attention
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,22 @@ class CausalSelfAttention(nn.Module):
     mean of their values, weighted by softmax(q k^T / sqrt(hs)). Each head has a query, key and value of its own."""
     def __init__(self, config):
         super().__init__()
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one matrix
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in (q, k, v))            # (B, T, nh, hs)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T, hs)
+        att = q @ k.transpose(2, 3) / math.sqrt(q.size(3))                                    # (B, nh, T, T)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)                   # True above the diagonal
+        att = att.masked_fill(later, -math.inf).softmax(dim=3)                                # each row sums to 1
+        y = att @ v                                                                           # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)                                                # heads side by side
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -82,15 +97,16 @@ class GPT(nn.Module):
 
 
 def main():
-    """Where the parameters of each size are, in millions."""
-    print(f"{'':12} {'wte':>7} {'wpe':>7} {'attention':>9} {'mlp':>7} {'layernorm':>9} {'lm_head':>7} {'total':>8}")
-    for name, size in SIZES.items():
-        with torch.device("meta"):  # shapes without memory
-            model = GPT(GPTConfig(**size))
-        def millions(part):
-            return sum(p.numel() for key, p in model.named_parameters() if part in key) / 1e6
-        print(f"{name:12} {millions('wte'):7.2f} {millions('wpe'):7.2f} {millions('.attn.'):9.2f} "
-              f"{millions('.mlp.'):7.2f} {millions('ln_'):9.3f} {millions('lm_head'):7.2f} {millions(''):8.2f}")
+    """Change one token; which outputs change?"""
+    torch.manual_seed(1337)
+    attention = CausalSelfAttention(GPTConfig(n_head=4, n_embd=32))
+    x = torch.randn(1, 8, 32)
+    changed = x.clone()
+    changed[0, 5] += 1
+    difference = (attention(changed) - attention(x)).abs().amax(dim=2)[0]
+    print("token 5 changed; the outputs changed by")
+    for t, d in enumerate(difference.tolist()):
+        print(f"  position {t}: {d:.4f}")
 
 
 if __name__ == "__main__":
