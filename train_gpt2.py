@@ -2,7 +2,7 @@
 GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
 it changed.
 
-    python train_gpt2.py                            what a token can see in attention
+    python train_gpt2.py                            a whole untrained GPT-2, and what it predicts: nothing
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 
 class UserError(ValueError):
@@ -71,15 +72,22 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh: what GPT-2 was trained with
+
 
 class Block(nn.Module):
-    """Talk, then think."""
+    """Talk, then think. LayerNorm stands before each part, so x itself is only ever added to: the residual stream."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -95,18 +103,29 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
+    def forward(self, idx):
+        """Logits for the token after each token: idx (B, T) int64 -> (B, T, vocab_size).
+
+        Raises UserError if T is more than block_size."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise UserError(f"T={T} is longer than block_size={self.config.block_size}: pass a shorter sequence")
+        pos = torch.arange(T, device=idx.device)                                         # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.lm_head(self.transformer.ln_f(x))                                    # (B, T, vocab_size)
+
 
 def main():
-    """Change one token; which outputs change?"""
+    """What does an untrained GPT-2 124M expect after 32 tokens?"""
     torch.manual_seed(1337)
-    attention = CausalSelfAttention(GPTConfig(n_head=4, n_embd=32))
-    x = torch.randn(1, 8, 32)
-    changed = x.clone()
-    changed[0, 5] += 1
-    difference = (attention(changed) - attention(x)).abs().amax(dim=2)[0]
-    print("token 5 changed; the outputs changed by")
-    for t, d in enumerate(difference.tolist()):
-        print(f"  position {t}: {d:.4f}")
+    model = GPT(GPTConfig())
+    with torch.no_grad():
+        probs = model(torch.randint(50257, (4, 32))).softmax(dim=-1)  # (4, 32, 50257)
+    best = probs[0, -1].topk(3)
+    print(f"probabilities {tuple(probs.shape)}; the likeliest next tokens: {best.indices.tolist()} with "
+          f"{[round(p, 6) for p in best.values.tolist()]}; no idea at all would be 1/50257 = {1 / 50257:.6f}")
 
 
 if __name__ == "__main__":
