@@ -2,13 +2,14 @@
 GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
 it changed.
 
-    python train_gpt2.py                            a whole untrained GPT-2, and what it predicts: nothing
+    python train_gpt2.py [gpt2 or a folder]         load a Hugging Face GPT-2 and agree with it
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
-import math
+import logging, math, sys, tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -90,6 +91,10 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# Hugging Face keeps these as Conv1D, (in, out); nn.Linear keeps (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head over the vocabulary."""
     def __init__(self, config):
@@ -116,16 +121,62 @@ class GPT(nn.Module):
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))                                    # (B, T, vocab_size)
 
+    @classmethod
+    def from_pretrained(cls, name):
+        """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+        from transformers.utils.logging import disable_progress_bar
+        known = list(SIZES)
+        if name not in known and not Path(name).is_dir():
+            raise UserError(f"'{name}' is neither a folder nor a known GPT-2: {', '.join(known)}")
+        for library in ("transformers", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.ERROR)  # our own line says it
+        disable_progress_bar()
+        try:
+            c = AutoConfig.from_pretrained(name)
+            theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        except Exception as e:               # whatever the Hub, the disk or a broken file may raise
+            raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
+        odd = [key for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner",
+                               "tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+               if getattr(c, key, None) != getattr(GPT2Config(), key)]
+        if odd or info["missing_keys"]:
+            raise UserError(f"{name} is not a complete GPT-2, see its {', '.join([*odd, *info['missing_keys']][:3])}")
+        theirs = theirs.state_dict()
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        with torch.no_grad():
+            for key, p in model.named_parameters():  # by our names: whatever buffers theirs has besides do not matter
+                w = theirs[key].t() if key.endswith(TRANSPOSED) else theirs[key]
+                p.copy_(w)
+        return model
+
+
+def load_or_make(name):
+    """The Hugging Face GPT-2 called name; without a name a small one with random weights, which needs no network."""
+    import transformers
+    if name:
+        return GPT.from_pretrained(name), transformers.GPT2LMHeadModel.from_pretrained(name)
+    torch.manual_seed(1337)
+    small = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=500, n_positions=64, n_embd=96, n_layer=4, n_head=3, initializer_range=0.2, bos_token_id=0,
+        eos_token_id=0))
+    with tempfile.TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        return GPT.from_pretrained(folder), small
+
 
 def main():
-    """What does an untrained GPT-2 124M expect after 32 tokens?"""
-    torch.manual_seed(1337)
-    model = GPT(GPTConfig())
+    """Load a Hugging Face GPT-2, ours and theirs, and compare the logits."""
+    try:
+        ours, theirs = load_or_make(*sys.argv[1:2] or [None])
+    except UserError as e:
+        print(f"train_gpt2.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    idx = torch.randint(ours.config.vocab_size, (2, ours.config.block_size))
     with torch.no_grad():
-        probs = model(torch.randint(50257, (4, 32))).softmax(dim=-1)  # (4, 32, 50257)
-    best = probs[0, -1].topk(3)
-    print(f"probabilities {tuple(probs.shape)}; the likeliest next tokens: {best.indices.tolist()} with "
-          f"{[round(p, 6) for p in best.values.tolist()]}; no idea at all would be 1/50257 = {1 / 50257:.6f}")
+        a, b = ours(idx), theirs.eval()(idx).logits
+    print(f"logits {tuple(a.shape)} up to {b.abs().max():.3f}; the largest difference from Hugging Face's is "
+          f"{(a - b).abs().max():.2e}")
 
 
 if __name__ == "__main__":
