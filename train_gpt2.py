@@ -2,7 +2,7 @@
 GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
 it changed.
 
-    python train_gpt2.py [gpt2 or a folder]         load a Hugging Face GPT-2 and agree with it
+    python train_gpt2.py [gpt2 or a folder]         a model goes on with a row of token ids, in several ways
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
@@ -150,6 +150,45 @@ class GPT(nn.Module):
                 p.copy_(w)
         return model
 
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None):
+        """Continue a batch of prompts: an iterator over new tokens, a (B,) tensor each.
+
+        prompts: lists of ids, not empty, of any lengths. temperature 0 takes the likeliest token; top_k keeps the k
+        likeliest (0: all); top_p the fewest that hold p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
+        After eot_token a row repeats it; when all rows have, the iterator ends. generator, on the model's device,
+        makes the draws repeatable."""
+        device, S = self.lm_head.weight.device, self.config.block_size
+        rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        if not all(rows):
+            raise UserError("a prompt is empty: begin it with eot_token")
+        for _ in range(max_new_tokens):
+            new = [row[-S:] for row in rows]  # there is no position beyond block_size
+            T = max(map(len, new))  # short rows are filled up at the right, where no token sees the filling
+            idx = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)  # (B, T)
+            last = torch.tensor([len(row) - 1 for row in new], device=device)
+            logits = self(idx)[torch.arange(len(rows)), last].float()          # (B, vocab_size)
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                if top_p < 1:
+                    probs, order = F.softmax(logits, dim=-1).sort(descending=True, stable=True)
+                    drop = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)             # p was reached before this one
+                    logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+                token = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator).squeeze(1)
+            if eot_token is not None:
+                token = token.masked_fill(done, eot_token)
+                done = done | (token == eot_token)
+            yield token
+            if done.all():
+                return
+            for row, t in zip(rows, token.tolist()):
+                row.append(t)
+
 
 def load_or_make(name):
     """The Hugging Face GPT-2 called name; without a name a small one with random weights, which needs no network."""
@@ -166,17 +205,20 @@ def load_or_make(name):
 
 
 def main():
-    """Load a Hugging Face GPT-2, ours and theirs, and compare the logits."""
+    """Let a model go on with a row of ids, in several ways."""
     try:
-        ours, theirs = load_or_make(*sys.argv[1:2] or [None])
+        model, _ = load_or_make(*sys.argv[1:2] or [None])
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)
-    idx = torch.randint(ours.config.vocab_size, (2, ours.config.block_size))
-    with torch.no_grad():
-        a, b = ours(idx), theirs.eval()(idx).logits
-    print(f"logits {tuple(a.shape)} up to {b.abs().max():.3f}; the largest difference from Hugging Face's is "
-          f"{(a - b).abs().max():.2e}")
+    ways = {"greedy": dict(temperature=0), "temperature 0.5": dict(temperature=0.5), "temperature 1": dict(),
+            "top_k 5": dict(top_k=5), "top_p 0.5": dict(top_p=0.5)}
+    for name, knobs in ways.items():
+        texts = []
+        for seed in range(20):
+            tokens = model.generate([[15, 7, 2]], 12, generator=torch.Generator().manual_seed(seed), **knobs)
+            texts.append(tuple(token.item() for token in tokens))
+        print(f"{name:16} {len(set(texts)):2d} different texts of 20; the first: {texts[0]}")
 
 
 if __name__ == "__main__":
