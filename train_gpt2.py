@@ -2,12 +2,12 @@
 GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
 it changed.
 
-    python train_gpt2.py [gpt2 or a folder]         a model goes on with a row of token ids, in several ways
+    python train_gpt2.py                            input.txt as a row of ids, by bytes and by GPT-2's vocabulary
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
-import logging, math, sys, tempfile
+import logging, math, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,35 +190,43 @@ class GPT(nn.Module):
                 row.append(t)
 
 
-def load_or_make(name):
-    """The Hugging Face GPT-2 called name; without a name a small one with random weights, which needs no network."""
-    import transformers
-    if name:
-        return GPT.from_pretrained(name), transformers.GPT2LMHeadModel.from_pretrained(name)
-    torch.manual_seed(1337)
-    small = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=500, n_positions=64, n_embd=96, n_layer=4, n_head=3, initializer_range=0.2, bos_token_id=0,
-        eos_token_id=0))
-    with tempfile.TemporaryDirectory() as folder:
-        small.save_pretrained(folder)
-        return GPT.from_pretrained(folder), small
+# Tokens ---------------------------------------------------------------------------------------------------------------
+def get_tokenizer(name):
+    """A tiktoken Encoding: `gpt2`, or `byte`, which is byte-pair encoding with zero merges. Raises UserError."""
+    import tiktoken
+    if name == "byte":
+        return tiktoken.Encoding("byte", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    try:
+        return tiktoken.get_encoding("gpt2")  # downloads 1.5 MB once, then finds them in its cache
+    except (OSError, ValueError) as e:
+        raise UserError(f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, point "
+                        f"TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+def open_data(path, enc):
+    """A text file as one long row of ids. Raises UserError."""
+    try:
+        return enc.encode_to_numpy(Path(path).read_text(encoding="utf-8"), disallowed_special=())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
 
 
 def main():
-    """Let a model go on with a row of ids, in several ways."""
-    try:
-        model, _ = load_or_make(*sys.argv[1:2] or [None])
-    except UserError as e:
-        print(f"train_gpt2.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    ways = {"greedy": dict(temperature=0), "temperature 0.5": dict(temperature=0.5), "temperature 1": dict(),
-            "top_k 5": dict(top_k=5), "top_p 0.5": dict(top_p=0.5)}
-    for name, knobs in ways.items():
-        texts = []
-        for seed in range(20):
-            tokens = model.generate([[15, 7, 2]], 12, generator=torch.Generator().manual_seed(seed), **knobs)
-            texts.append(tuple(token.item() for token in tokens))
-        print(f"{name:16} {len(set(texts)):2d} different texts of 20; the first: {texts[0]}")
+    """input.txt as one row of ids, by bytes and by GPT-2's vocabulary."""
+    path = Path(__file__).with_name("input.txt")
+    size = path.stat().st_size
+    for name in ("byte", "gpt2"):
+        try:
+            enc = get_tokenizer(name)
+        except UserError as e:
+            print(f"{name}: {e}")
+            continue
+        tokens = open_data(path, enc)
+        ids = tokens[:12].tolist()
+        print(f"{name}: {enc.n_vocab:,} different tokens; {size:,} bytes are {len(tokens):,} ids, "
+              f"{size / len(tokens):.2f} bytes each\n  {ids}\n  {[enc.decode([i]) for i in ids]}")
 
 
 if __name__ == "__main__":
