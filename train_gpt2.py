@@ -1,8 +1,10 @@
 """
-GPT-2 in one file, built step by step: each commit of the git history (`git log --reverse`) adds one idea and says what
-it changed.
+GPT-2 in one file: the model, its data, its training, its sampling. Read it top to bottom, or step by step in the git
+history (`git log --reverse`): each commit there adds one idea and says what it changed.
 
-    python train_gpt2.py                            input.txt as a row of ids, by bytes and by GPT-2's vocabulary
+    python train_gpt2.py                            the loss of a model that knows nothing
+
+What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary.
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
@@ -108,10 +110,11 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, idx):
-        """Logits for the token after each token: idx (B, T) int64 -> (B, T, vocab_size).
+    def forward(self, idx, targets=None):
+        """Logits for the token after each token, and their loss.
 
-        Raises UserError if T is more than block_size."""
+        idx (B, T) int64; targets (B, T) or None. Returns logits (B, T, vocab_size) and the mean cross-entropy in nats,
+        or None. Raises UserError if T is more than block_size."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"T={T} is longer than block_size={self.config.block_size}: pass a shorter sequence")
@@ -119,7 +122,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
-        return self.lm_head(self.transformer.ln_f(x))                                    # (B, T, vocab_size)
+        logits = self.lm_head(self.transformer.ln_f(x))                                  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
 
     @classmethod
     def from_pretrained(cls, name):
@@ -167,7 +173,7 @@ class GPT(nn.Module):
             T = max(map(len, new))  # short rows are filled up at the right, where no token sees the filling
             idx = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)  # (B, T)
             last = torch.tensor([len(row) - 1 for row in new], device=device)
-            logits = self(idx)[torch.arange(len(rows)), last].float()          # (B, vocab_size)
+            logits = self(idx)[0][torch.arange(len(rows)), last].float()       # (B, vocab_size)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -214,19 +220,15 @@ def open_data(path, enc):
 
 
 def main():
-    """input.txt as one row of ids, by bytes and by GPT-2's vocabulary."""
-    path = Path(__file__).with_name("input.txt")
-    size = path.stat().st_size
-    for name in ("byte", "gpt2"):
-        try:
-            enc = get_tokenizer(name)
-        except UserError as e:
-            print(f"{name}: {e}")
-            continue
-        tokens = open_data(path, enc)
-        ids = tokens[:12].tolist()
-        print(f"{name}: {enc.n_vocab:,} different tokens; {size:,} bytes are {len(tokens):,} ids, "
-              f"{size / len(tokens):.2f} bytes each\n  {ids}\n  {[enc.decode([i]) for i in ids]}")
+    """The loss of a model that knows nothing."""
+    torch.manual_seed(1337)
+    enc, B, T = get_tokenizer("byte"), 4, 128
+    model = GPT(GPTConfig(block_size=T, vocab_size=enc.n_vocab, n_layer=2, n_head=4, n_embd=128))
+    tokens = torch.tensor(open_data(Path(__file__).with_name("input.txt"), enc)[:B * T + 1].astype("int64"))
+    with torch.no_grad():
+        _, loss = model(tokens[:-1].view(B, T), tokens[1:].view(B, T))  # the targets are the inputs one token later
+    print(f"untrained: loss {loss:.4f} nats per token, ln({enc.n_vocab}) = {math.log(enc.n_vocab):.4f}; perplexity "
+          f"{loss.exp():.1f} of {enc.n_vocab} tokens; {loss / math.log(2):.3f} bits per byte")
 
 
 if __name__ == "__main__":
