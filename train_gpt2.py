@@ -9,7 +9,7 @@ What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for byte
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
-import logging, math, sys
+import argparse, dataclasses, logging, math, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 class UserError(ValueError):
-    """What the user asked for cannot be; the message says why and what to do."""
+    """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits with 2."""
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,8 @@ class GPTConfig:
 
 
 SIZES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124 M parameters
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128),             # 0.4 M parameters
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124 M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355 M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774 M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),      # 1,558 M
@@ -132,7 +133,7 @@ class GPT(nn.Module):
         """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
         from transformers.utils.logging import disable_progress_bar
-        known = list(SIZES)
+        known = [size for size in SIZES if size != "demo"]
         if name not in known and not Path(name).is_dir():
             raise UserError(f"'{name}' is neither a folder nor a known GPT-2: {', '.join(known)}")
         for library in ("transformers", "huggingface_hub"):
@@ -219,16 +220,92 @@ def open_data(path, enc):
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
 
 
+# Configuration --------------------------------------------------------------------------------------------------------
+def flag(default, help, least=None, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+
+@dataclass
+class TrainConfig:
+    """All that can be set, one command-line flag each. None: chosen for the model, the data or the machine."""
+    data: str = flag(None, "a text file")
+    tokenizer: str = flag(None, "gpt2 or byte", choices=["gpt2", "byte"])
+    model: str = flag(None, "size", choices=list(SIZES))
+    n_layer: int = flag(None, "override the model's depth", 1)
+    n_head: int = flag(None, "override the model's heads", 1)
+    n_embd: int = flag(None, "override the model's width", 1)
+    block_size: int = flag(None, "override the model's longest context", 1)
+    batch_size: int = flag(None, "B, sequences a forward pass", 1)
+    seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
+    seed: int = flag(1337, "seed of the initial weights", 0)
+    device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
+
+
+# What the command line leaves open.
+RECIPES = {"demo": dict(batch_size=8), "gpt2": dict(batch_size=16), "gpt2-medium": dict(batch_size=8),
+           "gpt2-large": dict(batch_size=4), "gpt2-xl": dict(batch_size=2)}
+
+
+def configure(flags):
+    """The whole configuration from the flags given. All that can be checked before anything slow is checked here.
+    Raises UserError."""
+    cfg = TrainConfig(**flags)
+
+    def default(**values):
+        for key, value in values.items():
+            if getattr(cfg, key) is None:
+                setattr(cfg, key, value)
+
+    candidates = [Path("input.txt"), Path(__file__).with_name("input.txt")]
+    data = next((path for path in candidates if path.exists()), candidates[-1])
+    default(data=str(data), tokenizer="byte", model="demo")
+    if not Path(cfg.data).exists():
+        raise UserError(f"--data {cfg.data} does not exist")
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    default(device=next(name for name in have if have[name]))
+    if not have[cfg.device]:
+        raise UserError(f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
+    default(**SIZES[cfg.model], **RECIPES[cfg.model])
+    default(seq_len=cfg.block_size)
+
+    for f in dataclasses.fields(cfg):
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        if least is not None and not least <= value < (2**63 if f.type is int else math.inf):
+            raise UserError(f"--{f.name} {value} is out of range: it must be {least} or more")
+    if cfg.seq_len > cfg.block_size:
+        raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
+    return cfg
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
 def main():
-    """The loss of a model that knows nothing."""
-    torch.manual_seed(1337)
-    enc, B, T = get_tokenizer("byte"), 4, 128
-    model = GPT(GPTConfig(block_size=T, vocab_size=enc.n_vocab, n_layer=2, n_head=4, n_embd=128))
-    tokens = torch.tensor(open_data(Path(__file__).with_name("input.txt"), enc)[:B * T + 1].astype("int64"))
-    with torch.no_grad():
-        _, loss = model(tokens[:-1].view(B, T), tokens[1:].view(B, T))  # the targets are the inputs one token later
-    print(f"untrained: loss {loss:.4f} nats per token, ln({enc.n_vocab}) = {math.log(enc.n_vocab):.4f}; perplexity "
-          f"{loss.exp():.1f} of {enc.n_vocab} tokens; {loss / math.log(2):.3f} bits per byte")
+    """Read the flags, do what they ask. Exit codes: 0 done, 1 failed while running, 2 cannot be done as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
+    for f in dataclasses.fields(TrainConfig):
+        help = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
+        parser.add_argument(f"--{f.name}", help=help, type=f.type, choices=f.metadata["choices"])
+    def error(message):
+        raise UserError(f"{message} (--help lists all flags)")
+    parser.error = error                      # argparse would print its usage, too
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
+    try:
+        flags = vars(parser.parse_args())
+        cfg = configure(flags)
+        enc, B, T = get_tokenizer(cfg.tokenizer), cfg.batch_size, cfg.seq_len
+        torch.manual_seed(cfg.seed)
+        model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
+        tokens = torch.tensor(open_data(cfg.data, enc)[:B * T + 1].astype("int64"))
+        _, loss = model(tokens[:-1].view(B, T), tokens[1:].view(B, T))
+        print(f"{cfg.model}, untrained: loss {loss:.4f} nats a token; ln({enc.n_vocab}) = {math.log(enc.n_vocab):.4f}")
+    except UserError as e:
+        print(f"train_gpt2.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:                   # as in `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
