@@ -2,7 +2,7 @@
 GPT-2 in one file: the model, its data, its training, its sampling. Read it top to bottom, or step by step in the git
 history (`git log --reverse`): each commit there adds one idea and says what it changed.
 
-    python train_gpt2.py                            the loss of a model that knows nothing
+    python train_gpt2.py                            a small GPT learns one batch by heart
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary.
 
@@ -237,13 +237,18 @@ class TrainConfig:
     block_size: int = flag(None, "override the model's longest context", 1)
     batch_size: int = flag(None, "B, sequences a forward pass", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
+    max_steps: int = flag(None, "steps to train", 0)
+    max_lr: float = flag(None, "learning rate", 0)
     seed: int = flag(1337, "seed of the initial weights", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
 
 
 # What the command line leaves open.
-RECIPES = {"demo": dict(batch_size=8), "gpt2": dict(batch_size=16), "gpt2-medium": dict(batch_size=8),
-           "gpt2-large": dict(batch_size=4), "gpt2-xl": dict(batch_size=2)}
+RECIPES = {"demo": dict(batch_size=8, max_steps=200, max_lr=3e-3),
+           "gpt2": dict(batch_size=16, max_steps=50, max_lr=6e-4),
+           "gpt2-medium": dict(batch_size=8, max_steps=50, max_lr=3e-4),
+           "gpt2-large": dict(batch_size=4, max_steps=50, max_lr=2.5e-4),
+           "gpt2-xl": dict(batch_size=2, max_steps=50, max_lr=2e-4)}
 
 
 def configure(flags):
@@ -277,6 +282,31 @@ def configure(flags):
     return cfg
 
 
+# Training -------------------------------------------------------------------------------------------------------------
+def train(cfg):
+    """Learn one batch by heart: if this fails, nothing larger will work."""
+    device = torch.device(cfg.device)
+    torch.manual_seed(cfg.seed)
+
+    # Data, model, optimiser
+    enc = get_tokenizer(cfg.tokenizer)
+    B, T = cfg.batch_size, cfg.seq_len
+    tokens = open_data(cfg.data, enc)[:B * T + 1]
+    if len(tokens) < B * T + 1:
+        raise UserError(f"{cfg.data} has only {len(tokens)} tokens, one batch needs {B * T + 1}: lower --batch_size")
+    buf = torch.tensor(tokens.astype("int64"), device=device)
+    x, y = buf[:-1].view(B, T), buf[1:].view(B, T)      # y is x one token later
+    model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+
+    for step in range(cfg.max_steps):
+        _, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print(f"step {step:5d} | loss {loss.item():.4f}")
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
 def main():
     """Read the flags, do what they ask. Exit codes: 0 done, 1 failed while running, 2 cannot be done as asked."""
@@ -292,12 +322,7 @@ def main():
     try:
         flags = vars(parser.parse_args())
         cfg = configure(flags)
-        enc, B, T = get_tokenizer(cfg.tokenizer), cfg.batch_size, cfg.seq_len
-        torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
-        tokens = torch.tensor(open_data(cfg.data, enc)[:B * T + 1].astype("int64"))
-        _, loss = model(tokens[:-1].view(B, T), tokens[1:].view(B, T))
-        print(f"{cfg.model}, untrained: loss {loss:.4f} nats a token; ln({enc.n_vocab}) = {math.log(enc.n_vocab):.4f}")
+        train(cfg)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)
