@@ -1,6 +1,11 @@
 """What several tests need."""
 
+import numpy as np
+
 import torch
+
+
+import train_gpt2
 
 
 torch.set_num_threads(1)  # with models this small, threads mostly wait for each other
@@ -42,3 +47,8 @@ def naive(model, prompt, n):
         logits = logits_of(model, idx[:, -model.config.block_size:])[:, -1]
         idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
     return idx[0, len(prompt):].tolist()
+
+
+def loader_of(tokens, B, T, **kwargs):
+    """A loader of one row of ids."""
+    return train_gpt2.DataLoaderLite(np.asarray(tokens), B, T, **kwargs)
