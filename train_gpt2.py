@@ -101,7 +101,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head over the vocabulary."""
+    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head that shares wte's weights."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -112,6 +112,11 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
+
+    def num_params(self):
+        """Number of parameters, the tied matrix once."""
+        return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx, targets=None):
         """Logits for the token after each token, and their loss.
@@ -334,6 +339,8 @@ def train(cfg):
     tokens = open_data(cfg.data, enc)
     model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+    print(f"{cfg.model}: {model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
+          f"{device.type}")
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
 
