@@ -113,6 +113,13 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
+        # Each block adds two terms to the residual stream, and their variances add up. So what writes to the stream is
+        # drawn smaller the more blocks there are, and the stream ends as large after 48 of them as after 12.
+        for name, p in self.named_parameters():            # the tied matrix comes once
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:                             # LayerNorm weights stay 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
     def num_params(self):
         """Number of parameters, the tied matrix once."""
