@@ -4,13 +4,14 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
 
     python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
     python train_gpt2.py --data my.txt              the same on your own text
+    python train_gpt2.py --model gpt2 --tokenizer gpt2         train GPT-2 124M (for a look: --max_steps 24)
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary.
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
-import argparse, dataclasses, logging, math, os, sys
+import argparse, dataclasses, logging, math, os, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,6 +274,42 @@ class DataLoaderLite:
         return x, y
 
 
+def send(batch, device):
+    """x, y on the device. From pinned memory the copy to a GPU can run while the GPU computes."""
+    return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in batch]
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+# Dense bf16 (fp16 where there is no bf16) TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
+PEAK_TFLOPS = {"V100": 125, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362, "RTX 3060": 25.5,
+               "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4060": 30, "RTX 4070": 58.3, "RTX 4080": 97.5,
+               "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5, "H100": 989.5,
+               "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
+               "V100-PCIE-16GB": 112, "V100-PCIE-32GB": 112}
+
+
+def peak_flops(device):
+    """FLOP/s the device can do at best, or None where this file does not know."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if not name or "MIG" in name:  # MIG: a slice of a GPU
+        return None
+    name = re.sub("NVIDIA |GeForce |Tesla ", "", name)
+    tflops = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(re.split("[- ]", name)[0])  # "H100 80GB HBM3" is an H100
+    return tflops and tflops * 1e12
+
+
+def flops_per_token(model, T):
+    """FLOPs of forward and backward: 6 for each parameter, 12 L C T for attention (arXiv:2204.02311, appendix B)."""
+    return 6 * model.num_params() + 12 * model.config.n_layer * model.config.n_embd * T
+
+
+def choose_machine(cfg):
+    """The device, set up."""
+    device = torch.device(cfg.device)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
+    return device
+
+
 # Configuration --------------------------------------------------------------------------------------------------------
 def flag(default, help, least=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
@@ -338,7 +375,7 @@ def configure(flags):
 # Training -------------------------------------------------------------------------------------------------------------
 def train(cfg):
     """Train as cfg says."""
-    device = torch.device(cfg.device)
+    device = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
 
     # Data, model, optimiser
@@ -351,13 +388,20 @@ def train(cfg):
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
 
+    peak, flops = peak_flops(device), flops_per_token(model, T)
     for step in range(cfg.max_steps):
-        x, y = train_loader.next_batch()
-        _, loss = model(x.to(device), y.to(device))
+        t0 = time.perf_counter()
+        x, y = send(train_loader.next_batch(), device)
+        _, loss = model(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        print(f"step {step:5d} | loss {loss.item():.4f}")
+        if device.type == "cuda":
+            torch.cuda.synchronize()    # the clock must wait for the GPU
+        dt = time.perf_counter() - t0
+
+        mfu = f" | MFU {flops * B * T / dt / peak:.1%}" if peak else ""
+        print(f"step {step:5d} | loss {loss.item():.4f} | {dt * 1000:.1f} ms | {B * T / dt:,.0f} tokens/s{mfu}")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
