@@ -304,10 +304,19 @@ def flops_per_token(model, T):
 
 
 def choose_machine(cfg):
-    """The device, set up."""
+    """device and dtype, as asked for or as suits the machine. Raises UserError."""
     device = torch.device(cfg.device)
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
+    if dtype == "bfloat16" and not bf16:
+        raise UserError("this GPU has no bfloat16: pass --dtype float16")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
-    return device
+    return device, getattr(torch, dtype)
+
+
+def autocast(device, dtype):
+    """Matmuls in dtype; softmax, LayerNorm, the loss, and the weights themselves stay float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # Configuration --------------------------------------------------------------------------------------------------------
@@ -331,6 +340,7 @@ class TrainConfig:
     max_lr: float = flag(None, "learning rate", 0)
     seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
+    dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
 
 
 # What the command line leaves open.
@@ -375,7 +385,7 @@ def configure(flags):
 # Training -------------------------------------------------------------------------------------------------------------
 def train(cfg):
     """Train as cfg says."""
-    device = choose_machine(cfg)
+    device, dtype = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
 
     # Data, model, optimiser
@@ -383,8 +393,9 @@ def train(cfg):
     tokens = open_data(cfg.data, enc)
     model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     print(f"{cfg.model}: {model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
-          f"{device.type}")
+          f"{device.type}, {str(dtype)[6:]}")
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
 
@@ -392,9 +403,11 @@ def train(cfg):
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
         x, y = send(train_loader.next_batch(), device)
-        _, loss = model(x, y)
-        loss.backward()
-        optimizer.step()
+        with autocast(device, dtype):
+            _, loss = model(x, y)
+        scaler.scale(loss).backward()       # float16: small gradients would vanish, so the loss is scaled up first
+        scaler.step(optimizer)              # float16: leaves out the step if the gradient overflowed
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()    # the clock must wait for the GPU

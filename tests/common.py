@@ -1,12 +1,25 @@
 """What several tests need."""
 
+import contextlib
+
+import re
+
+import signal
+
+import sys
+
+from pathlib import Path
+
 import numpy as np
 
 import torch
 
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import train_gpt2
 
+
+ROOT = Path(train_gpt2.__file__).resolve().parent
 
 torch.set_num_threads(1)  # with models this small, threads mostly wait for each other
 
@@ -52,3 +65,46 @@ def naive(model, prompt, n):
 def loader_of(tokens, B, T, **kwargs):
     """A loader of one row of ids."""
     return train_gpt2.DataLoaderLite(np.asarray(tokens), B, T, **kwargs)
+
+
+TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_size", "4",
+        "--max_steps", "6", "--device", "cpu"]
+
+
+def short_text(folder):
+    """A short input.txt in folder: the script looks for it there first, and one evaluation takes no time."""
+    (folder / "input.txt").write_bytes((ROOT / "input.txt").read_bytes()[:20_000])
+    return folder
+
+
+def run_here(monkeypatch, cwd, *flags):
+    """The script in this process, which is quicker and lets a test look inside."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *map(str, flags)])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train_gpt2.main()
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def losses(stdout):
+    """The training losses that a run printed."""
+    return [float(loss) for loss in re.findall(r"^step +\d+ \| loss (\S+)", stdout, re.M)]
+
+
+@contextlib.contextmanager
+def optimizer_steps(before=None, after=None):
+    """Call before(optimizer) and after(optimizer) at every optimiser step."""
+    handles = [register(lambda optimizer, args, kwargs, f=f: f(optimizer)) for register, f in (
+        (register_optimizer_step_pre_hook, before), (register_optimizer_step_post_hook, after)) if f]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]

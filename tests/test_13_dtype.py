@@ -1,0 +1,51 @@
+"""Only the matmuls are done in half the bits: weights and optimiser state stay float32, or small updates are lost."""
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import TINY, losses, optimizer_steps, parameters, run_here, short_text
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, capsys):
+    """Train with a dtype; return the losses, and of each step the dtypes of the weights, gradients and state."""
+    def train(dtype, *flags):
+        kept = []
+
+        def look(optimizer):
+            state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+            kept.append({t.dtype for p in parameters(optimizer) for t in (p, p.grad)} | {t.dtype for t in state})
+
+        with optimizer_steps(after=look):
+            run_here(monkeypatch, short_text(tmp_path), *TINY, "--dtype", dtype, "--max_lr", "3e-3", *flags)
+        return losses(capsys.readouterr().out), kept
+    return train
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_about_as_float32_with_float32_weights(train, dtype):
+    reference, _ = train("float32")
+    measured, kept = train(dtype)
+    assert len(measured) == 6 and measured[-1] < measured[0] - 0.3
+    assert measured == pytest.approx(reference, abs=0.05)
+    assert kept == [{torch.float32}] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_matmuls_are_done_in_the_dtype_and_the_loss_in_float32(train, monkeypatch, dtype):
+    seen, cross_entropy, linear = set(), F.cross_entropy, F.linear
+
+    def spy_linear(x, *args):
+        y = linear(x, *args)
+        seen.add(y.dtype)
+        return y
+
+    def spy_loss(logits, *args, **kwargs):
+        loss = cross_entropy(logits, *args, **kwargs)
+        assert loss.dtype == torch.float32
+        return loss
+
+    monkeypatch.setattr(F, "linear", spy_linear)
+    monkeypatch.setattr(F, "cross_entropy", spy_loss)
+    train(str(dtype)[6:], "--max_steps", "1")
+    assert seen == {dtype}
