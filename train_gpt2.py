@@ -11,7 +11,7 @@ What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for byte
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2.
 """
-import argparse, dataclasses, logging, math, os, re, sys, time
+import argparse, dataclasses, importlib.util, logging, math, os, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -304,14 +304,15 @@ def flops_per_token(model, T):
 
 
 def choose_machine(cfg):
-    """device and dtype, as asked for or as suits the machine. Raises UserError."""
+    """device, dtype and whether to compile, as asked for or as suits the machine. Raises UserError."""
     device = torch.device(cfg.device)
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
     if dtype == "bfloat16" and not bf16:
         raise UserError("this GPU has no bfloat16: pass --dtype float16")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
-    return device, getattr(torch, dtype)
+    compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
+    return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile
 
 
 def autocast(device, dtype):
@@ -341,6 +342,7 @@ class TrainConfig:
     seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
+    compile: bool = flag(None, "torch.compile the model for training")
 
 
 # What the command line leaves open.
@@ -385,21 +387,22 @@ def configure(flags):
 # Training -------------------------------------------------------------------------------------------------------------
 def train(cfg):
     """Train as cfg says."""
-    device, dtype = choose_machine(cfg)
+    device, dtype, compiles = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
 
     # Data, model, optimiser
     enc = get_tokenizer(cfg.tokenizer)
     tokens = open_data(cfg.data, enc)
-    model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.max_lr)
+    raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
+    model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
-    print(f"{cfg.model}: {model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
-          f"{device.type}, {str(dtype)[6:]}")
+    print(f"{cfg.model}: {raw_model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
+          f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
 
-    peak, flops = peak_flops(device), flops_per_token(model, T)
+    peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
         x, y = send(train_loader.next_batch(), device)
@@ -424,7 +427,10 @@ def main():
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
     for f in dataclasses.fields(TrainConfig):
         help = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
-        parser.add_argument(f"--{f.name}", help=help, type=f.type, choices=f.metadata["choices"])
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", help=help, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{f.name}", help=help, type=f.type, choices=f.metadata["choices"])
     def error(message):
         raise UserError(f"{message} (--help lists all flags)")
     parser.error = error                      # argparse would print its usage, too

@@ -2,9 +2,13 @@
 
 import contextlib
 
+import os
+
 import re
 
 import signal
+
+import subprocess
 
 import sys
 
@@ -75,6 +79,23 @@ def short_text(folder):
     """A short input.txt in folder: the script looks for it there first, and one evaluation takes no time."""
     (folder / "input.txt").write_bytes((ROOT / "input.txt").read_bytes()[:20_000])
     return folder
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, flags)]
+
+
+def environment(**env):
+    """What a user has: output to a pipe is buffered. And UTF-8 on every platform."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "", **env}
+
+
+def run(*flags, cwd, check=True, input=None, **env):
+    """The script as a process of its own: a CompletedProcess with stdout and stderr as text."""
+    done = subprocess.run(command(*flags), cwd=cwd, env=environment(**env), input=input, capture_output=True,
+                          encoding="utf-8", timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def run_here(monkeypatch, cwd, *flags):
