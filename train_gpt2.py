@@ -64,10 +64,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in (q, k, v))            # (B, T, nh, hs)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T, hs)
-        att = q @ k.transpose(2, 3) / math.sqrt(q.size(3))                                    # (B, nh, T, T)
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)                   # True above the diagonal
-        att = att.masked_fill(later, -math.inf).softmax(dim=3)                                # each row sums to 1
-        y = att @ v                                                                           # (B, nh, T, hs)
+        # Flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v tile by tile, never holding the (T, T) matrix.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)                                                # heads side by side
         return self.c_proj(y)
 
