@@ -34,10 +34,13 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768           # C, the width of the residual stream
+    padded_vocab_size: int = 0  # rows of wte, if more than vocab_size: 50304 = 786 * 64 suits a GPU, 50257 is odd
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share it equally")
+        if 0 < self.padded_vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={self.vocab_size} is over {self.padded_vocab_size}: wrong tokenizer?")
 
 
 SIZES = {
@@ -104,13 +107,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        rows = config.padded_vocab_size or config.vocab_size
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wte=nn.Embedding(rows, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
         # Each block adds two terms to the residual stream, and their variances add up. So what writes to the stream is
         # drawn smaller the more blocks there are, and the stream ends as large after 48 of them as after 12.
@@ -121,8 +125,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
     def num_params(self):
-        """Number of parameters, the tied matrix once."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters, the tied matrix once, its padding not at all."""
+        rows, columns = self.lm_head.weight.size()
+        return sum(p.numel() for p in self.parameters()) - (rows - self.config.vocab_size) * columns
 
     def forward(self, idx, targets=None):
         """Logits for the token after each token, and their loss.
@@ -136,13 +141,15 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))                                  # (B, T, vocab_size)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
+        logits = self.lm_head(self.transformer.ln_f(x))                                  # (B, T, rows of wte)
+        rows, loss = torch.arange(logits.size(-1), device=idx.device), None
+        if targets is not None:
+            masked = logits.masked_fill(rows >= self.config.vocab_size, -math.inf)       # padding has no probability
+            loss = F.cross_entropy(masked.view(-1, len(rows)), targets.flatten())
+        return logits[..., :self.config.vocab_size], loss
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, padded_vocab_size=0):
         """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
         from transformers.utils.logging import disable_progress_bar
@@ -163,11 +170,11 @@ class GPT(nn.Module):
         if odd or info["missing_keys"]:
             raise UserError(f"{name} is not a complete GPT-2, see its {', '.join([*odd, *info['missing_keys']][:3])}")
         theirs = theirs.state_dict()
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
         with torch.no_grad():
             for key, p in model.named_parameters():  # by our names: whatever buffers theirs has besides do not matter
                 w = theirs[key].t() if key.endswith(TRANSPOSED) else theirs[key]
-                p.copy_(w)
+                p.zero_()[:len(w)].copy_(w)          # wte's padding rows stay 0
         return model
 
     @torch.no_grad()
@@ -391,7 +398,8 @@ def train(cfg):
     # Data, model, optimiser
     enc = get_tokenizer(cfg.tokenizer)
     tokens = open_data(cfg.data, enc)
-    raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
+    padded = math.ceil(enc.n_vocab / 64) * 64           # 50257 -> 50304: matmuls like round numbers
+    raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded)).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
     optimizer = torch.optim.AdamW(raw_model.parameters(), lr=cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
