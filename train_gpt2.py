@@ -284,6 +284,13 @@ def send(batch, device):
     return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in batch]
 
 
+# Optimiser ------------------------------------------------------------------------------------------------------------
+def configure_optimizer(model, lr):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas: its second moment looks back 20 steps
+    where the default looks back 1,000, so it is soon over a bad batch."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8)
+
+
 # The machine ----------------------------------------------------------------------------------------------------------
 # Dense bf16 (fp16 where there is no bf16) TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"V100": 125, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362, "RTX 3060": 25.5,
@@ -344,6 +351,7 @@ class TrainConfig:
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
     max_steps: int = flag(None, "steps to train", 0)
     max_lr: float = flag(None, "learning rate", 0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
     seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
@@ -401,7 +409,7 @@ def train(cfg):
     padded = math.ceil(enc.n_vocab / 64) * 64           # 50257 -> 50304: matmuls like round numbers
     raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded)).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=cfg.max_lr)
+    optimizer = configure_optimizer(raw_model, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     print(f"{cfg.model}: {raw_model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
@@ -415,7 +423,9 @@ def train(cfg):
         with autocast(device, dtype):
             _, loss = model(x, y)
         scaler.scale(loss).backward()       # float16: small gradients would vanish, so the loss is scaled up first
-        scaler.step(optimizer)              # float16: leaves out the step if the gradient overflowed
+        scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -423,7 +433,8 @@ def train(cfg):
         dt = time.perf_counter() - t0
 
         mfu = f" | MFU {flops * B * T / dt / peak:.1%}" if peak else ""
-        print(f"step {step:5d} | loss {loss.item():.4f} | {dt * 1000:.1f} ms | {B * T / dt:,.0f} tokens/s{mfu}")
+        print(f"step {step:5d} | loss {loss.item():.4f} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
+              f"{B * T / dt:,.0f} tokens/s{mfu}")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

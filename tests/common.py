@@ -71,6 +71,10 @@ def loader_of(tokens, B, T, **kwargs):
     return train_gpt2.DataLoaderLite(np.asarray(tokens), B, T, **kwargs)
 
 
+def optimizer_of(model, lr):
+    return train_gpt2.configure_optimizer(model, lr)
+
+
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_size", "4",
         "--max_steps", "6", "--device", "cpu"]
 
