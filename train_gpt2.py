@@ -9,7 +9,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary.
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners", GPT-2.
+Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
 import argparse, dataclasses, importlib.util, logging, math, os, re, sys, time
 from dataclasses import dataclass
@@ -284,11 +284,21 @@ def send(batch, device):
     return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in batch]
 
 
-# Optimiser ------------------------------------------------------------------------------------------------------------
+# Optimiser and learning rate ------------------------------------------------------------------------------------------
 def configure_optimizer(model, lr):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas: its second moment looks back 20 steps
     where the default looks back 1,000, so it is soon over a bad batch."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8)
+
+
+def get_lr(step, cfg):
+    """The learning rate of a step: 1) up in a line, 2) down along a cosine, 3) from max_steps on, min_lr."""
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    if step >= cfg.max_steps:
+        return cfg.min_lr
+    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # 0 .. 1
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -350,7 +360,9 @@ class TrainConfig:
     batch_size: int = flag(None, "B, sequences a forward pass", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
     max_steps: int = flag(None, "steps to train", 0)
-    max_lr: float = flag(None, "learning rate", 0)
+    warmup_steps: int = flag(None, "steps until the learning rate is at its highest", 0)
+    max_lr: float = flag(None, "highest learning rate", 0)
+    min_lr: float = flag(None, "last learning rate (a tenth of the highest; demo: 3e-5)", 0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
     seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
@@ -358,12 +370,11 @@ class TrainConfig:
     compile: bool = flag(None, "torch.compile the model for training")
 
 
-# What the command line leaves open.
-RECIPES = {"demo": dict(batch_size=8, max_steps=3600, max_lr=3e-3),
-           "gpt2": dict(batch_size=16, max_steps=19_073, max_lr=6e-4),
-           "gpt2-medium": dict(batch_size=8, max_steps=19_073, max_lr=3e-4),
-           "gpt2-large": dict(batch_size=4, max_steps=19_073, max_lr=2.5e-4),
-           "gpt2-xl": dict(batch_size=2, max_steps=19_073, max_lr=2e-4)}
+# What the command line leaves open. Rates: GPT-3, table 2.1.
+GPT3 = dict(max_steps=19_073, warmup_steps=715)
+RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5),
+           "gpt2": dict(batch_size=16, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=8, max_lr=3e-4, **GPT3),
+           "gpt2-large": dict(batch_size=4, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=2, max_lr=2e-4, **GPT3)}
 
 
 def configure(flags):
@@ -385,8 +396,11 @@ def configure(flags):
     default(device=next(name for name in have if have[name]))
     if not have[cfg.device]:
         raise UserError(f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
+    unasked = cfg.warmup_steps is None
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
-    default(seq_len=cfg.block_size)
+    default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10)
+    if unasked:
+        cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
 
     for f in dataclasses.fields(cfg):
         value, least = getattr(cfg, f.name), f.metadata["least"]
@@ -394,6 +408,8 @@ def configure(flags):
             raise UserError(f"--{f.name} {value} is out of range: it must be {least} or more")
     if cfg.seq_len > cfg.block_size:
         raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
+    if cfg.warmup_steps > cfg.max_steps:
+        raise UserError(f"--warmup_steps {cfg.warmup_steps} is more than max_steps={cfg.max_steps}: lower it")
     return cfg
 
 
@@ -425,6 +441,9 @@ def train(cfg):
         scaler.scale(loss).backward()       # float16: small gradients would vanish, so the loss is scaled up first
         scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        lr = get_lr(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -433,7 +452,7 @@ def train(cfg):
         dt = time.perf_counter() - t0
 
         mfu = f" | MFU {flops * B * T / dt / peak:.1%}" if peak else ""
-        print(f"step {step:5d} | loss {loss.item():.4f} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
+        print(f"step {step:5d} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
               f"{B * T / dt:,.0f} tokens/s{mfu}")
 
 
