@@ -285,10 +285,13 @@ def send(batch, device):
 
 
 # Optimiser and learning rate ------------------------------------------------------------------------------------------
-def configure_optimizer(model, lr):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas: its second moment looks back 20 steps
-    where the default looks back 1,000, so it is soon over a bad batch."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8)
+def configure_optimizer(model, lr, weight_decay):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas. Only matrices decay: a bias or a
+    LayerNorm weight pulled towards 0 gains nothing."""
+    params = list(model.parameters())
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # fused: one kernel for all
 
 
 def get_lr(step, cfg):
@@ -363,6 +366,7 @@ class TrainConfig:
     warmup_steps: int = flag(None, "steps until the learning rate is at its highest", 0)
     max_lr: float = flag(None, "highest learning rate", 0)
     min_lr: float = flag(None, "last learning rate (a tenth of the highest; demo: 3e-5)", 0)
+    weight_decay: float = flag(0.1, "pull of the matrices towards 0", 0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
     seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
@@ -425,7 +429,7 @@ def train(cfg):
     padded = math.ceil(enc.n_vocab / 64) * 64           # 50257 -> 50304: matmuls like round numbers
     raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded)).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
-    optimizer = configure_optimizer(raw_model, cfg.max_lr)
+    optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     print(f"{cfg.model}: {raw_model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")

@@ -72,7 +72,7 @@ def loader_of(tokens, B, T, **kwargs):
 
 
 def optimizer_of(model, lr):
-    return train_gpt2.configure_optimizer(model, lr)
+    return train_gpt2.configure_optimizer(model, lr, weight_decay=0.1)
 
 
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_size", "4",
