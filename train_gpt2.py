@@ -362,6 +362,7 @@ class TrainConfig:
     block_size: int = flag(None, "override the model's longest context", 1)
     batch_size: int = flag(None, "B, sequences a forward pass", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
+    total_batch_size: int = flag(None, "tokens a step, in as many passes of B * T as it takes", 1)
     max_steps: int = flag(None, "steps to train", 0)
     warmup_steps: int = flag(None, "steps until the learning rate is at its highest", 0)
     max_lr: float = flag(None, "highest learning rate", 0)
@@ -374,8 +375,8 @@ class TrainConfig:
     compile: bool = flag(None, "torch.compile the model for training")
 
 
-# What the command line leaves open. Rates: GPT-3, table 2.1.
-GPT3 = dict(max_steps=19_073, warmup_steps=715)
+# What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
+GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715)
 RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5),
            "gpt2": dict(batch_size=16, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=8, max_lr=3e-4, **GPT3),
            "gpt2-large": dict(batch_size=4, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=2, max_lr=2e-4, **GPT3)}
@@ -403,6 +404,7 @@ def configure(flags):
     unasked = cfg.warmup_steps is None
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10)
+    default(total_batch_size=cfg.batch_size * cfg.seq_len)
     if unasked:
         cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
 
@@ -414,6 +416,10 @@ def configure(flags):
         raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
     if cfg.warmup_steps > cfg.max_steps:
         raise UserError(f"--warmup_steps {cfg.warmup_steps} is more than max_steps={cfg.max_steps}: lower it")
+    BT = cfg.batch_size * cfg.seq_len
+    if cfg.total_batch_size % BT:
+        raise UserError(f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len = {BT}: pass "
+                        f"--total_batch_size {max(cfg.total_batch_size // BT, 1) * BT}")
     return cfg
 
 
@@ -435,14 +441,23 @@ def train(cfg):
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
+    accumulate = cfg.total_batch_size // (B * T)
+    epochs = cfg.max_steps * cfg.total_batch_size / (train_loader.total * T)
+    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {train_loader.total * T:,} training "
+          f"tokens | {cfg.max_steps:,} steps, {epochs:.1f} epochs")
 
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
+    x, y = send(train_loader.next_batch(), device)
     for step in range(cfg.max_steps):
         t0 = time.perf_counter()
-        x, y = send(train_loader.next_batch(), device)
-        with autocast(device, dtype):
-            _, loss = model(x, y)
-        scaler.scale(loss).backward()       # float16: small gradients would vanish, so the loss is scaled up first
+        loss_sum = 0.0
+        for _ in range(accumulate):
+            with autocast(device, dtype):
+                _, loss = model(x, y)
+            loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
+            loss_sum += loss.detach()
+            x, y = send(train_loader.next_batch(), device)           # on its way while the GPU still computes
+            scaler.scale(loss).backward()   # float16: small gradients would vanish, so the loss is scaled up first
         scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
         lr = get_lr(step, cfg)
@@ -455,9 +470,10 @@ def train(cfg):
             torch.cuda.synchronize()    # the clock must wait for the GPU
         dt = time.perf_counter() - t0
 
-        mfu = f" | MFU {flops * B * T / dt / peak:.1%}" if peak else ""
-        print(f"step {step:5d} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
-              f"{B * T / dt:,.0f} tokens/s{mfu}")
+        loss, norm = float(loss_sum), float(norm)
+        mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak:.1%}" if peak else ""
+        print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
+              f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
