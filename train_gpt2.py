@@ -345,6 +345,10 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def out_of_memory(error):
+    return re.search("out of memory|can't allocate memory", str(error))
+
+
 # Configuration --------------------------------------------------------------------------------------------------------
 def flag(default, help, least=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
@@ -360,7 +364,7 @@ class TrainConfig:
     n_head: int = flag(None, "override the model's heads", 1)
     n_embd: int = flag(None, "override the model's width", 1)
     block_size: int = flag(None, "override the model's longest context", 1)
-    batch_size: int = flag(None, "B, sequences a forward pass", 1)
+    batch_size: int = flag(None, "B, sequences a forward pass; if left out it is halved until it fits the memory", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
     total_batch_size: int = flag(None, "tokens a step, in as many passes of B * T as it takes", 1)
     max_steps: int = flag(None, "steps to train", 0)
@@ -378,8 +382,8 @@ class TrainConfig:
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
 GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715)
 RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5),
-           "gpt2": dict(batch_size=16, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=8, max_lr=3e-4, **GPT3),
-           "gpt2-large": dict(batch_size=4, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=2, max_lr=2e-4, **GPT3)}
+           "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
+           "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
 
 
 def configure(flags):
@@ -401,6 +405,8 @@ def configure(flags):
     default(device=next(name for name in have if have[name]))
     if not have[cfg.device]:
         raise UserError(f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
+    if cfg.device != "cuda" and cfg.model != "demo":
+        default(batch_size=4)                                 # GPT-2 at B=64 wants 80 GB
     unasked = cfg.warmup_steps is None
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10)
@@ -424,7 +430,29 @@ def configure(flags):
 
 
 # Training -------------------------------------------------------------------------------------------------------------
-def train(cfg):
+def fit_batch_size(model, raw_model, cfg, device, dtype):
+    """Halve cfg.batch_size until one forward and backward pass fits into memory. The tokens a step stay the same."""
+    while True:
+        try:
+            moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(2)]  # AdamW will want as much
+            idx = torch.zeros(cfg.batch_size, cfg.seq_len, dtype=torch.int64, device=device)
+            with autocast(device, dtype):
+                _, loss = model(idx, idx)
+            loss.backward()
+            return
+        except RuntimeError as e:
+            if not out_of_memory(e) or cfg.batch_size % 2:
+                raise
+        finally:
+            moments = loss = None
+            raw_model.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        cfg.batch_size //= 2
+        print(f"out of memory: trying --batch_size {cfg.batch_size}")
+
+
+def train(cfg, auto_batch):
     """Train as cfg says."""
     device, dtype, compiles = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
@@ -439,6 +467,8 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     print(f"{cfg.model}: {raw_model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
+    if auto_batch:
+        fit_batch_size(model, raw_model, cfg, device, dtype)
     B, T = cfg.batch_size, cfg.seq_len
     train_loader = DataLoaderLite(tokens, B, T, cfg.data, seed=cfg.seed)
     accumulate = cfg.total_batch_size // (B * T)
@@ -494,7 +524,7 @@ def main():
     try:
         flags = vars(parser.parse_args())
         cfg = configure(flags)
-        train(cfg)
+        train(cfg, auto_batch="batch_size" not in flags)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)
@@ -503,6 +533,10 @@ def main():
     except BrokenPipeError:                   # as in `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit("train_gpt2.py: out of memory: lower --batch_size (not --total_batch_size) or --seq_len")
 
 
 if __name__ == "__main__":
