@@ -5,6 +5,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
     python train_gpt2.py --data my.txt              the same on your own text
     python train_gpt2.py --model gpt2 --tokenizer gpt2         train GPT-2 124M (for a look: --max_steps 24)
+    python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
 laptop run ends at a val loss of about 1.32.
@@ -12,7 +13,7 @@ laptop run ends at a val loss of about 1.32.
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
-import argparse, dataclasses, importlib.util, logging, math, os, re, sys, time
+import argparse, codecs, dataclasses, importlib.util, json, logging, math, os, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +234,18 @@ def get_tokenizer(name):
                         f"TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
 
 
+def stream_text(model, enc, prompt, cfg, seed):
+    """Continue prompt: an iterator over pieces of text. A character split over tokens waits until it is whole."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)  # not the global one: training uses that
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    ids = enc.encode_ordinary(prompt) or [enc.eot_token]   # <|endoftext|> stands before every document
+    for token in model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
+                                enc.eot_token):
+        if token.item() != enc.eot_token:
+            yield utf8.decode(enc.decode_single_token_bytes(token.item()))
+    yield utf8.decode(b"", final=True)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 def open_data(path, enc):
     """A text's ids in two rows, nine tenths to train on and one tenth to validate on. Raises UserError."""
@@ -362,12 +375,13 @@ def flag(default, help, least=None, choices=None):
 class TrainConfig:
     """All that can be set, one command-line flag each. None: chosen for the model, the data or the machine."""
     data: str = flag(None, "a text file")
-    tokenizer: str = flag(None, "gpt2 or byte", choices=["gpt2", "byte"])
+    tokenizer: str = flag(None, "gpt2 for GPT-2's weights, byte for text", choices=["gpt2", "byte"])
     model: str = flag(None, "size", choices=list(SIZES))
     n_layer: int = flag(None, "override the model's depth", 1)
     n_head: int = flag(None, "override the model's heads", 1)
     n_embd: int = flag(None, "override the model's width", 1)
     block_size: int = flag(None, "override the model's longest context", 1)
+    init_from: str = flag(None, "scratch, or a Hugging Face GPT-2 (name or folder)")
     batch_size: int = flag(None, "B, sequences a forward pass; if left out it is halved until it fits the memory", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
     total_batch_size: int = flag(None, "tokens a step, in as many passes of B * T as it takes", 1)
@@ -377,13 +391,20 @@ class TrainConfig:
     min_lr: float = flag(None, "last learning rate (a tenth of the highest; demo: 3e-5)", 0)
     weight_decay: float = flag(0.1, "pull of the matrices towards 0", 0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
-    seed: int = flag(1337, "seed of the initial weights and the order of the data", 0)
+    seed: int = flag(1337, "seed of the initial weights, the order of the data and the samples", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
     compile: bool = flag(None, "torch.compile the model for training")
     eval_every: int = flag(250, "steps between validation losses; 0: never", 0)
     val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
+    sample_every: int = flag(500, "steps between samples; 0: never", 0)
     log_dir: str = flag("log", "where the run lives: log.txt")
+    prompt: str = flag(None, "continue this text (- reads stdin) and exit")
+    temperature: float = flag(0.8, "0: always the likeliest token; 1: as the model believes; higher: wilder", 0)
+    top_k: int = flag(50, "sample among the k likeliest; 0: all", 0)
+    top_p: float = flag(1.0, "sample among the fewest that hold this much of the probability")
+    max_new_tokens: int = flag(300, "tokens to generate", 0)
+    num_samples: int = flag(1, "texts to generate", 1)
 
 
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
@@ -391,23 +412,37 @@ GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715)
 RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5),
            "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
            "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
+SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
 
 
 def configure(flags):
     """The whole configuration from the flags given. All that can be checked before anything slow is checked here.
     Raises UserError."""
     cfg = TrainConfig(**flags)
+    look_only = cfg.prompt is not None
 
     def default(**values):
         for key, value in values.items():
             if getattr(cfg, key) is None:
                 setattr(cfg, key, value)
 
+    pretrained = cfg.init_from not in (None, "scratch")
+    if pretrained and (clash := [key for key in SHAPE[1:] if key in flags]):
+        raise UserError(f"--{clash[0]} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
+    if pretrained and (theirs := Path(cfg.init_from) / "config.json").is_file():
+        try:
+            theirs = json.loads(theirs.read_text())
+            default(**{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
+        except (ValueError, AttributeError) as e:
+            raise UserError(f"{cfg.init_from}/config.json does not describe a model: {e}") from None
     candidates = [Path("input.txt"), Path(__file__).with_name("input.txt")]
     data = next((path for path in candidates if path.exists()), candidates[-1])
-    default(data=str(data), tokenizer="byte", model="demo")
-    if not Path(cfg.data).exists():
+    default(data=str(data), init_from="scratch")
+    if cfg.prompt is None and not Path(cfg.data).exists():
         raise UserError(f"--data {cfg.data} does not exist")
+    large = pretrained
+    default(tokenizer="gpt2" if large else "byte",
+            model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     default(device=next(name for name in have if have[name]))
     if not have[cfg.device]:
@@ -425,20 +460,34 @@ def configure(flags):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         if least is not None and not least <= value < (2**63 if f.type is int else math.inf):
             raise UserError(f"--{f.name} {value} is out of range: it must be {least} or more")
+    if not 0 < cfg.top_p <= 1:
+        raise UserError(f"--top_p {cfg.top_p}: must be above 0 and at most 1")
     if cfg.seq_len > cfg.block_size:
         raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
     if cfg.warmup_steps > cfg.max_steps:
         raise UserError(f"--warmup_steps {cfg.warmup_steps} is more than max_steps={cfg.max_steps}: lower it")
     BT = cfg.batch_size * cfg.seq_len
-    if cfg.total_batch_size % BT:
+    if not look_only and cfg.total_batch_size % BT:
         raise UserError(f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len = {BT}: pass "
                         f"--total_batch_size {max(cfg.total_batch_size // BT, 1) * BT}")
-    try:
-        Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
-        open(Path(cfg.log_dir) / "log.txt", "a").close()
-    except OSError as e:
-        raise UserError(f"cannot write to --log_dir {cfg.log_dir}: {e.strerror}") from None
+    if not look_only:
+        try:
+            Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
+            open(Path(cfg.log_dir) / "log.txt", "a").close()
+        except OSError as e:
+            raise UserError(f"cannot write to --log_dir {cfg.log_dir}: {e.strerror}") from None
     return cfg
+
+
+def build_model(cfg, enc):
+    """The model that cfg asks for, on the CPU, in float32."""
+    padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
+    if cfg.init_from != "scratch":
+        model = GPT.from_pretrained(cfg.init_from, padded)
+        if model.config.vocab_size != enc.n_vocab:
+            raise UserError(f"{cfg.init_from} has {model.config.vocab_size} tokens, --tokenizer {cfg.tokenizer} not")
+        return model
+    return GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
 
 
 # Looking at a model ---------------------------------------------------------------------------------------------------
@@ -462,6 +511,21 @@ def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
         tokens += y.numel()
     loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
+
+
+def look(cfg):
+    """--prompt: continue it on stdout, num_samples times."""
+    device, dtype, _ = choose_machine(cfg)
+    torch.manual_seed(cfg.seed)
+    enc = get_tokenizer(cfg.tokenizer)
+    model = build_model(cfg, enc).to(device)
+    prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
+    for i in range(cfg.num_samples):
+        print("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
+        with autocast(device, dtype):
+            for piece in stream_text(model, enc, prompt, cfg, cfg.seed + i):
+                print(piece, end="", flush=True)
+        print()
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -496,8 +560,7 @@ def train(cfg, auto_batch):
     enc = get_tokenizer(cfg.tokenizer)
     train_tokens, val_tokens = open_data(cfg.data, enc)
     val_loader = DataLoaderLite(val_tokens, 1, cfg.seq_len, f"the val split of {cfg.data}")
-    padded = math.ceil(enc.n_vocab / 64) * 64           # 50257 -> 50304: matmuls like round numbers
-    raw_model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded)).to(device)
+    raw_model = build_model(cfg, enc).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
@@ -513,16 +576,21 @@ def train(cfg, auto_batch):
           f"tokens | {cfg.max_steps:,} steps, {epochs:.1f} epochs")
 
     log = open(Path(cfg.log_dir) / "log.txt", "w", buffering=1)  # rows `STEP STREAM VALUE`, written line by line
+    prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     x, y = send(train_loader.next_batch(), device)
     for step in range(cfg.max_steps + 1):
         last_step = step == cfg.max_steps
 
-        # Once in a while: how good is it?
+        # Once in a while: how good is it? What does it say?
         if cfg.eval_every and (step % cfg.eval_every == 0 or last_step):
             val_loss, report = evaluate(model, raw_model, val_loader, cfg, enc, device, dtype)
             print(f"step {step:5d} | {report}")
             log.write(f"{step} val {val_loss:.6f}\n")
+        if cfg.sample_every and step > 0 and (step % cfg.sample_every == 0 or last_step):
+            with autocast(device, dtype):
+                text = "".join(stream_text(raw_model, enc, prompt, cfg, cfg.seed))
+            print(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
         if last_step:
             break
 
@@ -573,7 +641,10 @@ def main():
     try:
         flags = vars(parser.parse_args())
         cfg = configure(flags)
-        train(cfg, auto_batch="batch_size" not in flags)
+        if cfg.prompt is not None:
+            look(cfg)
+        else:
+            train(cfg, auto_batch="batch_size" not in flags)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)
