@@ -3,9 +3,12 @@ GPT-2 in one file: the model, its data, its training, its sampling. Read it top 
 history (`git log --reverse`): each commit there adds one idea and says what it changed.
 
     python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
+    python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
+    python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
     python train_gpt2.py --data my.txt              the same on your own text
     python train_gpt2.py --model gpt2 --tokenizer gpt2         train GPT-2 124M (for a look: --max_steps 24)
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
+    python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
 laptop run ends at a val loss of about 1.32.
@@ -13,7 +16,7 @@ laptop run ends at a val loss of about 1.32.
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
-import argparse, codecs, dataclasses, importlib.util, json, logging, math, os, re, sys, time
+import argparse, codecs, dataclasses, importlib.util, json, logging, math, os, re, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,6 +298,12 @@ class DataLoaderLite:
         self.epoch += epochs
         return x, y
 
+    def state_dict(self):
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.epoch, self.position = state["epoch"], state["position"]
+
 
 def send(batch, device):
     """x, y on the device. From pinned memory the copy to a GPU can run while the GPU computes."""
@@ -366,6 +375,47 @@ def out_of_memory(error):
     return re.search("out of memory|can't allocate memory", str(error))
 
 
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+def save_checkpoint(path, state):
+    """Write state to path. It is complete on disk beside path before it takes path's name."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """The state in a checkpoint, on the CPU. Raises UserError if it is cut short or not ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError("another format")
+        return state
+    except Exception as e:  # whatever torch.load meets in a broken file
+        raise UserError(f"cannot use the checkpoint {path}, is it cut short? ({type(e).__name__})") from None
+
+
+def checkpoints(log_dir):
+    """Paths of the checkpoints in log_dir by step, oldest first."""
+    found = {int(p.stem[6:]): p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()}
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(log_dir):
+    """The newest checkpoint that can be read, or None if there is none yet. Raises UserError if all are broken."""
+    found = checkpoints(log_dir)
+    for path in reversed(found.values()):
+        try:
+            return load_checkpoint(path)
+        except UserError as e:
+            print(f"warning: {e}; trying the one before", file=sys.stderr)
+    if found:
+        raise UserError(f"no checkpoint in {log_dir} can be read: start again without --resume")
+    return None
+
+
 # Configuration --------------------------------------------------------------------------------------------------------
 def flag(default, help, least=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
@@ -381,7 +431,7 @@ class TrainConfig:
     n_head: int = flag(None, "override the model's heads", 1)
     n_embd: int = flag(None, "override the model's width", 1)
     block_size: int = flag(None, "override the model's longest context", 1)
-    init_from: str = flag(None, "scratch, or a Hugging Face GPT-2 (name or folder)")
+    init_from: str = flag(None, "scratch, a Hugging Face GPT-2 (name or folder), or a checkpoint (.pt)")
     batch_size: int = flag(None, "B, sequences a forward pass; if left out it is halved until it fits the memory", 1)
     seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
     total_batch_size: int = flag(None, "tokens a step, in as many passes of B * T as it takes", 1)
@@ -398,35 +448,60 @@ class TrainConfig:
     eval_every: int = flag(250, "steps between validation losses; 0: never", 0)
     val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
     sample_every: int = flag(500, "steps between samples; 0: never", 0)
-    log_dir: str = flag("log", "where the run lives: log.txt")
+    save_every: int = flag(None, "steps between checkpoints; 0: never", 0)
+    keep: int = flag(2, "checkpoints to keep: the newest so many, and the best", 1)
+    log_dir: str = flag("log", "where the run lives: log.txt and the checkpoints")
+    resume: bool = flag(False, "go on from the newest good checkpoint in log_dir, if there is one")
     prompt: str = flag(None, "continue this text (- reads stdin) and exit")
     temperature: float = flag(0.8, "0: always the likeliest token; 1: as the model believes; higher: wilder", 0)
     top_k: int = flag(50, "sample among the k likeliest; 0: all", 0)
     top_p: float = flag(1.0, "sample among the fewest that hold this much of the probability")
     max_new_tokens: int = flag(300, "tokens to generate", 0)
     num_samples: int = flag(1, "texts to generate", 1)
+    eval_only: bool = flag(False, "print the validation loss and exit")
 
 
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
-GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715)
-RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5),
+GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_every=1000)
+RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5, save_every=250),
            "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
            "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
+MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "sample_every", "save_every", "keep",
+              "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
+NOT_SAVED = ["device", "compile", "log_dir", "resume", "prompt", "eval_only", "init_from"]
+FORMAT = 1  # of the checkpoints: a plain dict of plain values and tensors
 
 
 def configure(flags):
-    """The whole configuration from the flags given. All that can be checked before anything slow is checked here.
-    Raises UserError."""
+    """(cfg, checkpoint): the whole configuration from the flags given, and the state to begin from, or None. All that
+    can be checked before anything slow is checked here. Raises UserError."""
     cfg = TrainConfig(**flags)
-    look_only = cfg.prompt is not None
+    look_only = cfg.prompt is not None or cfg.eval_only
 
     def default(**values):
         for key, value in values.items():
             if getattr(cfg, key) is None:
                 setattr(cfg, key, value)
 
-    pretrained = cfg.init_from not in (None, "scratch")
+    # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
+    newest = cfg.resume or look_only and not cfg.init_from
+    checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
+    if look_only and newest and not checkpoint:
+        raise UserError(f"no checkpoint in {cfg.log_dir}: train first, or pass --init_from gpt2")
+    if checkpoint:
+        keys, cfg.init_from = list(checkpoint["config"]), "scratch"  # no other start any more
+    elif cfg.init_from and cfg.init_from.endswith(".pt"):
+        checkpoint = load_checkpoint(Path(cfg.init_from))
+        keys = list(checkpoint["config"]) if look_only else SHAPE
+    for key in keys:
+        value = checkpoint["config"][key]
+        if key not in flags:
+            setattr(cfg, key, value)
+        elif flags[key] != value and key not in MAY_CHANGE and (key in SHAPE or not look_only):
+            raise UserError(f"--{key} {flags[key]}: the checkpoint has {value}; may change: {', '.join(MAY_CHANGE)}")
+
+    pretrained = not checkpoint and cfg.init_from not in (None, "scratch")
     if pretrained and (clash := [key for key in SHAPE[1:] if key in flags]):
         raise UserError(f"--{clash[0]} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
     if pretrained and (theirs := Path(cfg.init_from) / "config.json").is_file():
@@ -464,6 +539,8 @@ def configure(flags):
         raise UserError(f"--top_p {cfg.top_p}: must be above 0 and at most 1")
     if cfg.seq_len > cfg.block_size:
         raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
+    if checkpoint and cfg.init_from == "scratch" and checkpoint["step"] > cfg.max_steps:
+        raise UserError(f"--max_steps {cfg.max_steps}: the checkpoint already has {checkpoint['step']} steps")
     if cfg.warmup_steps > cfg.max_steps:
         raise UserError(f"--warmup_steps {cfg.warmup_steps} is more than max_steps={cfg.max_steps}: lower it")
     BT = cfg.batch_size * cfg.seq_len
@@ -476,12 +553,16 @@ def configure(flags):
             open(Path(cfg.log_dir) / "log.txt", "a").close()
         except OSError as e:
             raise UserError(f"cannot write to --log_dir {cfg.log_dir}: {e.strerror}") from None
-    return cfg
+    return cfg, checkpoint
 
 
-def build_model(cfg, enc):
+def build_model(cfg, checkpoint, enc):
     """The model that cfg asks for, on the CPU, in float32."""
     padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model
     if cfg.init_from != "scratch":
         model = GPT.from_pretrained(cfg.init_from, padded)
         if model.config.vocab_size != enc.n_vocab:
@@ -513,12 +594,17 @@ def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
 
-def look(cfg):
-    """--prompt: continue it on stdout, num_samples times."""
+def look(cfg, checkpoint):
+    """--eval_only: one line about the validation split. --prompt: continue it on stdout, num_samples times."""
     device, dtype, _ = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
     enc = get_tokenizer(cfg.tokenizer)
-    model = build_model(cfg, enc).to(device)
+    model = build_model(cfg, checkpoint, enc).to(device)
+    if cfg.eval_only:
+        _, val_tokens = open_data(cfg.data, enc)
+        loader = DataLoaderLite(val_tokens, 1, cfg.seq_len, f"the val split of {cfg.data}")
+        print(evaluate(model, model, loader, cfg, enc, device, dtype)[1])
+        return
     prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
     for i in range(cfg.num_samples):
         print("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
@@ -551,16 +637,43 @@ def fit_batch_size(model, raw_model, cfg, device, dtype):
         print(f"out of memory: trying --batch_size {cfg.batch_size}")
 
 
-def train(cfg, auto_batch):
-    """Train as cfg says."""
+def open_log(log_dir, step, resume):
+    """log.txt, open for more rows `STEP STREAM VALUE`; those from step on go, they are about to come again. A fresh run
+    does not write over an earlier one: that is moved aside."""
+    path, found, n = log_dir / "log.txt", checkpoints(log_dir), 1
+    if (found or path.stat().st_size) and not (resume and found):
+        while (aside := log_dir / f"earlier_run_{n}").exists():
+            n += 1
+        aside.mkdir()
+        for old in [*found.values(), path]:
+            old.rename(aside / old.name)
+        print(f"{log_dir} held an earlier run: it is in {aside} now")
+    rows = path.read_text().splitlines(True) if path.exists() else []
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(r for r in rows if re.fullmatch(r"\d+ \w+ \S+\n", r) and int(r.split()[0]) < step))
+    os.replace(beside, path)
+    return open(path, "a", buffering=1)  # a line at a time
+
+
+def check_finite(step, loss, norm, last_good):
+    """End the run if a loss or a gradient norm is not a number: nothing after it would be worth saving."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; nothing of it was saved. Last good checkpoint: "
+                 f"{last_good}. Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
+
+
+def train(cfg, checkpoint, auto_batch):
+    """Train as cfg says, from a checkpoint's state if there is one to resume."""
+    resumed = checkpoint if cfg.init_from == "scratch" else None
     device, dtype, compiles = choose_machine(cfg)
     torch.manual_seed(cfg.seed)
+    log_dir = Path(cfg.log_dir)
 
     # Data, model, optimiser
     enc = get_tokenizer(cfg.tokenizer)
     train_tokens, val_tokens = open_data(cfg.data, enc)
     val_loader = DataLoaderLite(val_tokens, 1, cfg.seq_len, f"the val split of {cfg.data}")
-    raw_model = build_model(cfg, enc).to(device)
+    raw_model = build_model(cfg, checkpoint, enc).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
@@ -575,22 +688,69 @@ def train(cfg, auto_batch):
     print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {train_loader.total * T:,} training "
           f"tokens | {cfg.max_steps:,} steps, {epochs:.1f} epochs")
 
-    log = open(Path(cfg.log_dir) / "log.txt", "w", buffering=1)  # rows `STEP STREAM VALUE`, written line by line
+    # Where to begin
+    start, best_loss, best_step = 0, math.inf, -1
+    if resumed:
+        start, best_loss, best_step = resumed["step"], resumed["best_loss"], resumed["best_step"]
+        optimizer.load_state_dict(resumed["optimizer"])
+        if resumed["scaler"]:           # empty unless it trained in float16
+            scaler.load_state_dict(resumed["scaler"])
+        train_loader.load_state_dict(resumed["loader"])
+        torch.set_rng_state(resumed["rng"]["cpu"])
+        if device.type == "cuda" and resumed["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(resumed["rng"]["cuda"])
+        print(f"resumed from step {start:,}")
+    elif cfg.resume:
+        print(f"no checkpoint in {log_dir} yet: starting from step 0")
+    last_good = f"model_{start:05d}.pt" if resumed else "none"
+    del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
+    loader_state = train_loader.state_dict()
+    x, y = send(train_loader.next_batch(), device)
+    log = open_log(log_dir, start, cfg.resume)
+
+    stop = []                           # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
+    def ask_to_stop(signum, frame):
+        stop.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
+
     prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
-    x, y = send(train_loader.next_batch(), device)
-    for step in range(cfg.max_steps + 1):
-        last_step = step == cfg.max_steps
+    for step in range(start, cfg.max_steps + 1):
+        last_step, val_loss = step == cfg.max_steps, None
 
-        # Once in a while: how good is it? What does it say?
-        if cfg.eval_every and (step % cfg.eval_every == 0 or last_step):
+        # Once in a while: how good is it? What does it say? Keep it.
+        evaluating, sampling, saving = (every and (step % every == 0 or last_step)
+                                        for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
+        if step > 0 and (stop or evaluating or sampling or saving):
+            with torch.no_grad(), autocast(device, dtype):
+                check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, last_good)  # did the last step ruin it?
+        if evaluating and not stop:
             val_loss, report = evaluate(model, raw_model, val_loader, cfg, enc, device, dtype)
             print(f"step {step:5d} | {report}")
             log.write(f"{step} val {val_loss:.6f}\n")
-        if cfg.sample_every and step > 0 and (step % cfg.sample_every == 0 or last_step):
+        if sampling and not stop and step > 0:
             with autocast(device, dtype):
                 text = "".join(stream_text(raw_model, enc, prompt, cfg, cfg.seed))
             print(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
+        if step > 0 and (stop or saving):
+            if val_loss is not None and val_loss < best_loss:
+                best_loss, best_step = val_loss, step
+            cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            save_checkpoint(log_dir / f"model_{step:05d}.pt", {
+                "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
+                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "loader": loader_state, "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
+                "model_config": dataclasses.asdict(raw_model.config),
+                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}})
+            last_good = f"model_{step:05d}.pt"
+            kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
+            for s in list(kept)[:-cfg.keep]:
+                kept[s].unlink()
+        if stop:
+            print(f"stopped after {step:,} steps: --resume goes on from there")
+            return
         if last_step:
             break
 
@@ -602,6 +762,7 @@ def train(cfg, auto_batch):
                 _, loss = model(x, y)
             loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
             loss_sum += loss.detach()
+            loader_state = train_loader.state_dict()                 # the batch in hand is used, the next one not yet
             x, y = send(train_loader.next_batch(), device)           # on its way while the GPU still computes
             scaler.scale(loss).backward()   # float16: small gradients would vanish, so the loss is scaled up first
         scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
@@ -617,10 +778,16 @@ def train(cfg, auto_batch):
         dt = time.perf_counter() - t0
 
         loss, norm = float(loss_sum), float(norm)
+        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, last_good)  # the scaler expects overflows
         mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak:.1%}" if peak else ""
         print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
         log.write(f"{step} train {loss:.6f}\n")
+
+    here = "python train_gpt2.py" + ("" if cfg.log_dir == "log" else f" --log_dir {cfg.log_dir}")
+    print(f"Done: the run is in {log_dir}. What next?\n  {here} --prompt Once    # try --temperature 0.5 and 1.2\n"
+          f"  {here} --resume --max_steps {2 * cfg.max_steps}    # train longer\n"
+          f"  python train_gpt2.py --data my.txt --log_dir my_log    # your own text")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -640,11 +807,11 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
     try:
         flags = vars(parser.parse_args())
-        cfg = configure(flags)
-        if cfg.prompt is not None:
-            look(cfg)
+        cfg, checkpoint = configure(flags)
+        if cfg.prompt is not None or cfg.eval_only:
+            look(cfg, checkpoint)
         else:
-            train(cfg, auto_batch="batch_size" not in flags)
+            train(cfg, checkpoint, auto_batch="batch_size" not in flags)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,371 @@
+"""Stop anywhere and resume to the same bits; and whatever breaks, an older checkpoint is whole."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt2
+from common import TINY, command, environment, optimizer_steps, run, run_here, short_text
+from train_gpt2 import UserError, fit_batch_size, load_checkpoint, save_checkpoint
+
+RUN = [*TINY, "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
+LONG = [*RUN, "--max_steps", "600", "--save_every", "20", "--eval_every", "30", "--keep", "99"]
+
+
+def same(a, b, where="state"):
+    """Assert that two states are equal to the last bit."""
+    assert type(a) is type(b), where
+    if torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def last(folder, step=6):
+    return load_checkpoint(folder / f"model_{step:05d}.pt")
+
+
+def steps_in(log_dir):
+    return [int(path.stem[6:]) for path in sorted(log_dir.glob("model_*.pt"))]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return short_text(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="module")
+def whole(here):
+    """The log_dir of a short run that nothing disturbed."""
+    run(*RUN, "--log_dir", "whole", cwd=here)
+    return here / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_long(here):
+    run(*LONG, "--log_dir", "whole_long", cwd=here)
+    return here / "whole_long"
+
+
+@pytest.fixture
+def train(here, monkeypatch, capsys):
+    """Run in this process; return stdout, stderr."""
+    def train(*flags):
+        run_here(monkeypatch, here, *flags)
+        return capsys.readouterr()
+    return train
+
+
+@pytest.fixture
+def cut_off(whole, tmp_path):
+    """A copy of the short run as it was right after its checkpoint of step 2, and a row of step 3 besides."""
+    log_dir = shutil.copytree(whole, tmp_path / "cut_off")
+    for step in (4, 6):
+        (log_dir / f"model_{step:05d}.pt").unlink()
+    rows = (log_dir / "log.txt").read_text().splitlines(True)
+    (log_dir / "log.txt").write_text("".join(r for r in rows if int(r.split()[0]) < 4))
+    return log_dir
+
+
+# Stop and resume ------------------------------------------------------------------------------------------------------
+
+def interrupt(flags, here, log_dir, step, how):
+    """Start a run; when it has logged step, do how(process). Returns the CompletedProcess."""
+    process = subprocess.Popen(command(*flags, "--log_dir", log_dir), cwd=here, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = here / log_dir / "log.txt"
+    while process.poll() is None and not (log.exists() and f"\n{step} train" in log.read_text()):
+        time.sleep(0.001)
+    how(process)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(flags, process.returncode, out, err)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(here, whole_long):
+    for step in (47, 305):  # resumed, killed again, resumed
+        flags = LONG if step == 47 else ["--resume"]
+        assert interrupt(flags, here, "killed", step, lambda process: process.kill()).returncode != 0
+        assert max(steps_in(here / "killed")) < 600
+    run("--resume", "--log_dir", "killed", cwd=here)
+    assert (here / "killed" / "log.txt").read_text() == (whole_long / "log.txt").read_text()
+    rows = [tuple(row.split()[:2]) for row in (here / "killed" / "log.txt").read_text().splitlines()]
+    assert len(set(rows)) == len(rows) == 600 + 21
+    same(last(here / "killed", 600), last(whole_long, 600))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_0_and_the_run_resumes_to_the_same_bits(here, whole_long, signum):
+    name = signum.name
+    done = interrupt(LONG, here, name, 47, lambda process: process.send_signal(signum))
+    assert (done.returncode, done.stderr) == (0, "")
+    stopped = int(re.search(r"stopped after (\d+) steps", done.stdout).group(1))
+    assert 47 < stopped < 600 and max(steps_in(here / name)) == stopped
+    run("--resume", "--log_dir", name, cwd=here)
+    assert (here / name / "log.txt").read_text() == (whole_long / "log.txt").read_text()
+    same(last(here / name, 600), last(whole_long, 600))
+
+
+def test_output_to_a_file_or_a_pipe_is_there_even_if_the_run_is_killed(here):
+    done = interrupt(LONG, here, "output", 9, lambda process: process.kill())
+    assert f"step {9:5d} | loss" in done.stdout  # buffered, a hundred lines would be missing, and `| tee` shows nothing
+
+
+def test_resume_without_a_checkpoint_starts_and_after_the_end_changes_nothing(train, here, whole):
+    assert "starting from step 0" in train(*RUN, "--log_dir", "new", "--resume").out
+    same(last(here / "new"), last(whole))
+    train("--log_dir", "new", "--resume")
+    assert (here / "new" / "log.txt").read_text() == (whole / "log.txt").read_text()
+    same(last(here / "new"), last(whole))
+
+
+def test_resume_restores_the_random_generator(train, cut_off):
+    state = last(cut_off, 2)
+    state["rng"]["cpu"] = torch.Generator().manual_seed(99).get_state()
+    torch.save(state, cut_off / "model_00002.pt")
+    train("--log_dir", str(cut_off), "--resume")
+    assert torch.equal(last(cut_off)["rng"]["cpu"], state["rng"]["cpu"])  # nothing in training draws from it
+
+
+def test_resume_keeps_a_warm_up_that_was_asked_for(train, here):
+    flags = [*RUN, "--warmup_steps", "5", "--log_dir", "warm"]
+    train(*flags)
+    expected = last(here / "warm")
+    for step in (4, 6):
+        (here / "warm" / f"model_{step:05d}.pt").unlink()
+    train("--log_dir", "warm", "--resume")
+    same(last(here / "warm"), expected)
+
+
+def test_a_run_may_always_be_started_with_resume_and_init_from(train, here, whole):
+    # as a cluster's job does that is started again and again
+    flags = ["--init_from", str(whole / "model_00006.pt"), "--max_steps", "2", "--sample_every", "0", "--resume"]
+    train(*flags, "--log_dir", "tuned")
+    assert steps_in(here / "tuned") == [2]
+    train(*flags, "--log_dir", "tuned")
+    assert steps_in(here / "tuned") == [2]
+
+
+def test_a_checkpoint_is_a_start_for_another_run(train, here, whole):
+    out = train("--init_from", str(whole / "model_00006.pt"), "--max_steps", "2", "--sample_every", "0",
+                "--val_tokens", "9999", "--log_dir", "other").out
+    report = re.search(r"step +6 \| (val loss .*)", train("--resume", "--log_dir", str(whole)).out).group(1)
+    assert f"step     0 | {report}" in out  # begins with its weights, at step 0
+
+
+def test_eval_only_prints_the_last_validation_of_the_run(train, whole):
+    report = train("--eval_only", "--log_dir", str(whole)).out
+    assert report.startswith("val loss") and report.count("\n") == 1
+    assert f"{float((whole / 'log.txt').read_text().split()[-1]):.4f}" in report
+
+
+# What may change ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag, value", [("n_embd", 64), ("n_layer", 2), ("block_size", 64), ("tokenizer", "gpt2"),
+                                         ("model", "gpt2"), ("seq_len", 16), ("max_lr", 1e-4), ("seed", 1)])
+def test_resume_refuses_what_would_make_it_another_run(train, capsys, cut_off, flag, value):
+    before = {path.name: path.read_bytes() for path in cut_off.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        train("--log_dir", str(cut_off), "--resume", f"--{flag}", value)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert flag in err and "max_steps" in err  # which flag it is, and which may change
+    assert before == {path.name: path.read_bytes() for path in cut_off.iterdir()}
+
+
+def test_resume_allows_more_steps_and_other_reports(train, cut_off):
+    train("--log_dir", str(cut_off), "--resume", "--max_steps", "8", "--eval_every", "1", "--keep", "3")
+    assert steps_in(cut_off)[-1] == 8
+    rows = [row.split()[:2] for row in (cut_off / "log.txt").read_text().splitlines()]
+    assert [step for step, stream in rows if stream == "train"] == [str(step) for step in range(8)]
+    assert [step for step, stream in rows if stream == "val"] == ["0"] + [str(step) for step in range(2, 9)]
+
+
+def test_resume_with_smaller_passes_takes_the_same_global_batches(train, whole, cut_off):
+    train("--log_dir", str(cut_off), "--resume", "--batch_size", "1")
+    assert last(cut_off)["loader"] == last(whole)["loader"]
+    assert last(cut_off)["config"]["batch_size"] == 1
+    rows, expected = ((d / "log.txt").read_text().split() for d in (cut_off, whole))
+    assert rows[::3] == expected[::3] and rows[1::3] == expected[1::3]
+    assert [float(v) for v in rows[2::3]] == pytest.approx([float(v) for v in expected[2::3]], abs=1e-3)
+
+
+@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "float32"), ("float16", "float16")])
+def test_resume_on_a_machine_with_another_dtype(train, here, before, after):
+    log_dir = f"{before}_{after}"
+    train(*RUN, "--dtype", before, "--log_dir", log_dir, "--max_steps", "2")
+    assert bool(last(here / log_dir, 2)["scaler"]) == (before == "float16")  # its scale is part of the run
+    train("--resume", "--dtype", after, "--log_dir", log_dir, "--max_steps", "4")
+    scaler = last(here / log_dir, 4)["scaler"]
+    assert bool(scaler) == (after == "float16")
+    if before == after:
+        assert scaler["_growth_tracker"] == 4  # good steps in a row, those before the stop too
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_holds_plain_values_that_torch_loads_safely(whole):
+    state = torch.load(whole / "model_00006.pt", weights_only=True)
+
+    def walk(value):
+        if isinstance(value, (dict, list, tuple)):
+            assert type(value) in (dict, OrderedDict, list, tuple)
+            for item in value.values() if isinstance(value, dict) else value:
+                walk(item)
+        else:
+            assert type(value) in (torch.Tensor, int, float, str, bool, type(None)), type(value)
+
+    walk(state)
+    assert (state["step"], state["config"]["max_steps"]) == (6, 6)
+
+
+def test_a_broken_newest_checkpoint_is_passed_over_with_a_warning(train, whole, cut_off):
+    shutil.copy(whole / "model_00004.pt", cut_off)
+    os.truncate(cut_off / "model_00004.pt", 5000)
+    assert "model_00004.pt" in train("--log_dir", str(cut_off), "--resume").err
+    assert (cut_off / "log.txt").read_text() == (whole / "log.txt").read_text()
+    same(last(cut_off), last(whole))
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--prompt", "x"], ["--eval_only"]])
+def test_only_broken_checkpoints_is_an_error_and_not_a_fresh_start(train, capsys, cut_off, flags):
+    (cut_off / "model_00002.pt").write_bytes(b"")
+    log = (cut_off / "log.txt").read_text()
+    with pytest.raises(SystemExit) as stop:
+        train("--log_dir", str(cut_off), *flags)
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert (cut_off / "log.txt").read_text() == log
+
+
+def test_a_save_that_breaks_off_leaves_the_older_checkpoints_whole(monkeypatch, cut_off):
+    path = cut_off / "model_00002.pt"
+    before = path.read_bytes()
+
+    def save_half(state, f):
+        f.write(before[:len(before) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(OSError):
+        save_checkpoint(path, {"format": 1})
+    assert path.read_bytes() == before and steps_in(cut_off) == [2]
+
+
+def test_the_newest_and_the_best_are_kept(train, here, monkeypatch):
+    losses = iter([9.0, 3.0, 1.0, 5.0, 4.0, 6.0, 7.0])  # at the steps 0 ... 6
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: (next(losses), ""))
+    train(*RUN, "--log_dir", "keep", "--save_every", "1", "--eval_every", "1", "--keep", "2")
+    assert steps_in(here / "keep") == [2, 5, 6]
+
+
+def test_the_best_is_kept_also_if_the_run_was_stopped_and_resumed_there(train, here, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: ([9.0, 3.0, 1.0, 5.0, 4.0, 6.0, 7.0][steps[0]], ""))
+    steps = [0]
+
+    def count(optimizer):
+        steps[0] += 1
+        if steps == [2]:
+            assert callable(signal.getsignal(signal.SIGTERM))  # else the next line ends the tests
+            signal.raise_signal(signal.SIGTERM)
+
+    with optimizer_steps(after=count):
+        train(*RUN, "--log_dir", "best", "--save_every", "1", "--eval_every", "1", "--keep", "2")
+        assert steps_in(here / "best") == [1, 2]
+        train("--log_dir", "best", "--resume")
+    assert steps_in(here / "best") == [2, 5, 6]
+
+
+def test_a_fresh_run_moves_an_earlier_one_aside_and_loses_nothing(train, cut_off):
+    before = {path.name: path.read_bytes() for path in cut_off.iterdir()}
+    for n in (1, 2):
+        train(*RUN, "--max_steps", "2", "--log_dir", str(cut_off))
+        aside = cut_off / f"earlier_run_{n}"
+        if n == 1:
+            assert before == {path.name: path.read_bytes() for path in aside.iterdir()}
+        assert steps_in(aside) == [2] and steps_in(cut_off) == [2]
+
+
+def test_a_second_run_in_the_current_folder_does_not_end_in_a_traceback(tmp_path):
+    short_text(tmp_path)
+    for _ in range(2):
+        done = run(*RUN, "--max_steps", "2", "--log_dir", ".", cwd=tmp_path, check=False)
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+    assert (tmp_path / "input.txt").exists()
+
+
+# What goes wrong while running ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, good", [
+    (["--save_every", "2"], [2, 4]),
+    (["--save_every", "1"], [1, 2, 3, 4]),                       # step 4's update was bad: no model_00005.pt
+    (["--save_every", "1", "--eval_every", "0"], [1, 2, 3, 4]),
+    (["--save_every", "5", "--sample_every", "5"], [])])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves_the_damage(train, here, monkeypatch, flags, good):
+    log_dir = "nan_" + "_".join(flags).replace("-", "")
+    monkeypatch.setattr(train_gpt2, "get_lr", lambda step, cfg: 1e30 if step == 4 else 1e-3)
+    with pytest.raises(SystemExit) as stop:
+        train(*RUN, "--log_dir", log_dir, "--max_steps", "20", *flags)
+    message = str(stop.value.code)  # Python prints a text, and exits with 1
+    assert "step 5" in message and "--max_lr" in message
+    assert steps_in(here / log_dir) == good
+    assert (f"model_{good[-1]:05d}.pt" if good else "none") in message
+
+
+def test_not_finite_exits_1_with_one_line(here):
+    done = run(*RUN, "--log_dir", "inf", "--max_lr", "1e30", cwd=here, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("step 1:")
+
+
+class Greedy(torch.nn.Linear):
+    """A model with room for two sequences."""
+    def forward(self, x, y):
+        if len(x) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return None, self.weight.sum()
+
+
+def test_the_batch_is_halved_until_it_fits_and_the_tokens_a_step_stay():
+    cfg, model = SimpleNamespace(batch_size=16, seq_len=8, total_batch_size=16 * 8), Greedy(2, 2)
+    fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)
+    assert (cfg.batch_size, cfg.total_batch_size) == (2, 16 * 8)
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())  # nothing of the trial is left
+
+
+def test_other_errors_and_a_batch_that_cannot_be_halved_are_raised():
+    cfg, model = SimpleNamespace(batch_size=12, seq_len=8, total_batch_size=12 * 8), Greedy(2, 2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)  # 12, 6, 3
+    model.forward = lambda x, y: (None, 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)
+
+
+def test_out_of_memory_with_a_batch_size_that_was_asked_for_says_what_to_do(train, monkeypatch):
+    def forward(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(train_gpt2.GPT, "forward", forward)
+    with pytest.raises(SystemExit, match="--batch_size"):
+        train(*RUN, "--log_dir", "oom")
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path):
+    for name, state in {"list.pt": [1], "foreign.pt": {"model": {}}, "newer.pt": {"format": 999}}.items():
+        torch.save(state, tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(tmp_path / name)
