@@ -67,14 +67,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one matrix
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x, pos=None, mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C). With cache (2, B, block_size, nh, hs), keys and values of earlier tokens, x are new
+        tokens at the positions pos (B, T), which may look where mask (B, 1, T, keys) is True."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in (q, k, v))            # (B, T, nh, hs)
+        if cache is not None:
+            cache[:, torch.arange(B, device=x.device)[:, None], pos] = torch.stack((k, v)).to(cache.dtype)
+            k, v = cache[:, :, :mask.size(3)]                                                 # (B, keys, nh, hs)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T, hs)
         # Flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v tile by tile, never holding the (T, T) matrix.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)                                                # heads side by side
         return self.c_proj(y)
 
@@ -99,8 +103,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, pos=None, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), pos, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -135,19 +139,27 @@ class GPT(nn.Module):
         rows, columns = self.lm_head.weight.size()
         return sum(p.numel() for p in self.parameters()) - (rows - self.config.vocab_size) * columns
 
+    def trunk(self, idx, pos=None, caches=None):
+        """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
+        tokens at the positions pos (B, T). Raises UserError if the sequence is longer than block_size."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise UserError(f"T={T} is longer than block_size={self.config.block_size}: pass a shorter sequence")
+        pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
+        mask = None                                                                      # None: plain causal
+        if caches is not None:
+            mask = torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, keys)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, pos, mask, None if caches is None else caches[i])
+        return self.transformer.ln_f(x)
+
     def forward(self, idx, targets=None):
         """Logits for the token after each token, and their loss.
 
         idx (B, T) int64; targets (B, T) or None. Returns logits (B, T, vocab_size) and the mean cross-entropy in nats,
         or None. Raises UserError if T is more than block_size."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise UserError(f"T={T} is longer than block_size={self.config.block_size}: pass a shorter sequence")
-        pos = torch.arange(T, device=idx.device)                                         # (T,)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))                                  # (B, T, rows of wte)
+        logits = self.lm_head(self.trunk(idx))                                           # (B, T, rows of wte)
         rows, loss = torch.arange(logits.size(-1), device=idx.device), None
         if targets is not None:
             masked = logits.masked_fill(rows >= self.config.vocab_size, -math.inf)       # padding has no probability
@@ -184,23 +196,32 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None,
+                 use_cache=True):
         """Continue a batch of prompts: an iterator over new tokens, a (B,) tensor each.
 
         prompts: lists of ids, not empty, of any lengths. temperature 0 takes the likeliest token; top_k keeps the k
         likeliest (0: all); top_p the fewest that hold p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
         After eot_token a row repeats it; when all rows have, the iterator ends. generator, on the model's device,
-        makes the draws repeatable."""
-        device, S = self.lm_head.weight.device, self.config.block_size
+        makes the draws repeatable. Without use_cache every token computes the whole context again."""
+        device, S, caches, c = self.lm_head.weight.device, self.config.block_size, None, self.config
         rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         if not all(rows):
             raise UserError("a prompt is empty: begin it with eot_token")
         for _ in range(max_new_tokens):
-            new = [row[-S:] for row in rows]  # there is no position beyond block_size
+            # Learned positions cannot slide: past block_size, every token begins anew with the last block_size tokens.
+            if caches is None or not use_cache or max(map(len, rows)) > S:
+                shape = (c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head)
+                caches = torch.zeros(shape, device=device)
+                new, start = [row[-S:] for row in rows], [0] * len(rows)
+            else:
+                new, start = [row[-1:] for row in rows], [len(row) - 1 for row in rows]
             T = max(map(len, new))  # short rows are filled up at the right, where no token sees the filling
             idx = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)  # (B, T)
+            pos = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
             last = torch.tensor([len(row) - 1 for row in new], device=device)
-            logits = self(idx)[0][torch.arange(len(rows)), last].float()       # (B, vocab_size)
+            x = self.trunk(idx, pos, caches)[torch.arange(len(rows)), last]    # (B, C)
+            logits = self.lm_head(x)[:, :self.config.vocab_size].float()       # (B, vocab_size)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
