@@ -6,7 +6,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
     python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
     python train_gpt2.py --data my.txt              the same on your own text
-    python train_gpt2.py --model gpt2 --tokenizer gpt2         train GPT-2 124M (for a look: --max_steps 24)
+    python train_gpt2.py --data edu_fineweb10B      one GPU: GPT-2 124M on a folder of shards, 19,073 steps
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
 
@@ -271,40 +271,87 @@ def stream_text(model, enc, prompt, cfg, seed):
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
-def open_data(path, enc):
-    """A text's ids in two rows, nine tenths to train on and one tenth to validate on. Raises UserError."""
+def open_shard(path):
+    """Token ids of one shard, (n,) uint16, mapped from disk: only what is indexed is read. Raises UserError.
+
+    .npy as numpy writes it, or .bin as llm.c writes it: 256 int32 (20240520, 1, n, ...), then n uint16."""
     try:
-        tokens = enc.encode_to_numpy(Path(path).read_text(encoding="utf-8"), disallowed_special=())
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r")
+        else:
+            header = np.fromfile(path, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise ValueError("it does not begin as llm.c's token files do (20240520, 1, count)")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+            if len(tokens) != header[2]:
+                raise ValueError(f"it holds {len(tokens):,} tokens, its header says {header[2]:,}")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path} is cut short or not a token shard: {e}. Make or copy it again") from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of uint16")
+    return tokens
+
+
+def open_data(path, enc):
+    """The training and the validation split, each a list of shards: paths out of a folder, or one array of a text's
+    ids, nine tenths and one tenth. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".bin"))
+        return ([p for p in shards if p.name.rfind("train") > p.name.rfind("val")],
+                [p for p in shards if p.name.rfind("val") > p.name.rfind("train")])
+    try:
+        tokens = enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
     n = len(tokens) * 9 // 10
-    return tokens[:n], tokens[n:]
+    return [tokens[:n]], [tokens[n:]]
 
 
 class DataLoaderLite:
     """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart.
 
-    The tokens are cut into windows that begin at 0, T, 2T, ...; in an epoch each comes once, in an order that follows
-    from (seed, epoch), or in the text's own order if there is no seed. So epoch and position are all there is to
-    remember.
-    Raises UserError if the tokens are too few for one batch."""
+    A shard is cut into windows that begin at 0, T, 2T, ...; in an epoch each window of each shard comes once. With a
+    seed the order is shuffled, shards first, then the windows of each; without, it is the order on disk. It follows
+    from (seed, epoch) and one position that all processes share, and rank r takes the r-th B windows of each global
+    batch. So the number of processes does not change the global batches, and epoch and position are all to save.
+    Raises UserError if the data are too few for one batch, or hold an id of vocab_size or more."""
 
-    def __init__(self, tokens, B, T, name="the data", seed=None):
-        self.tokens, self.B, self.T, self.seed = tokens, B, T, seed
-        self.total = max(len(tokens) - 1, 0) // T
-        if self.total < B:
-            raise UserError(f"{name} has {len(tokens):,} tokens: too few for one batch of {B} windows of T={T}. Lower "
-                            f"--batch_size or --seq_len, or bring more")
-        self.epoch, self.position = 0, 0       # position: windows of this epoch that have been taken
-        self._order = (None,)
+    def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
+        self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        lengths = [len(self._tokens(i)) for i in tqdm(range(len(shards)), "shards", leave=False, disable=None, delay=1)]
+        self.windows = np.array([max(n - 1, 0) // T for n in lengths])
+        self.total = int(self.windows.sum())
+        if self.total < B * world_size:
+            raise UserError(f"{name} has {sum(lengths):,} tokens in {len(shards)} files: too few for one batch of "
+                            f"{B * world_size} windows of T={T}. Lower --batch_size or --seq_len, or bring more")
+        self.epoch, self.position = 0, 0       # position: windows of this epoch that all processes have taken
+        self._order, self._open = (None,), (None,)
+
+    def _tokens(self, shard):
+        return open_shard(self.shards[shard]) if isinstance(self.shards[shard], Path) else self.shards[shard]
+
+    def _permutation(self, n, *key):
+        return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, *key]).permutation(n)
 
     def window(self, epoch, position):
         """The T+1 tokens at a position of an epoch."""
         if self._order[0] != epoch:
-            shuffled = None if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(self.total)
-            self._order = epoch, np.arange(self.total) if shuffled is None else shuffled
-        start = int(self._order[1][position]) * self.T
-        return self.tokens[start:start + self.T + 1]
+            shards = self._permutation(len(self.shards), epoch)
+            self._order = epoch, shards, np.cumsum(self.windows[shards])
+        _, shards, ends = self._order
+        nth = int(np.searchsorted(ends, position, side="right"))
+        shard = int(shards[nth])
+        if self._open[0] != (epoch, shard):    # one shard at a time stays open
+            self._open = (epoch, shard), self._tokens(shard), self._permutation(self.windows[shard], epoch, shard)
+        _, tokens, windows = self._open
+        start = int(windows[position - ends[nth] + self.windows[shard]]) * self.T
+        window = tokens[start:start + self.T + 1]
+        if window.max() >= self.vocab_size:
+            raise UserError(f"{self.shards[shard] if isinstance(self.shards[shard], Path) else 'the text'}: id "
+                            f"{window.max()} is outside the vocabulary of {self.vocab_size}: wrong --tokenizer?")
+        return window
 
     def batch(self, epoch, position, n):
         """n windows from a position on, running over into the next epoch: x, y, each (n, T) int64."""
@@ -313,9 +360,9 @@ class DataLoaderLite:
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
     def next_batch(self):
-        """The next batch: x, y, each (B, T) int64."""
-        x, y = self.batch(self.epoch, self.position, self.B)
-        epochs, self.position = divmod(self.position + self.B, self.total)
+        """This rank's part of the next global batch: x, y, each (B, T) int64."""
+        x, y = self.batch(self.epoch, self.position + self.rank * self.B, self.B)
+        epochs, self.position = divmod(self.position + self.B * self.world_size, self.total)
         self.epoch += epochs
         return x, y
 
@@ -445,9 +492,9 @@ def flag(default, help, least=None, choices=None):
 @dataclass
 class TrainConfig:
     """All that can be set, one command-line flag each. None: chosen for the model, the data or the machine."""
-    data: str = flag(None, "a text file")
-    tokenizer: str = flag(None, "gpt2 for GPT-2's weights, byte for text", choices=["gpt2", "byte"])
-    model: str = flag(None, "size", choices=list(SIZES))
+    data: str = flag(None, "folder of *train* and *val* shards (.npy, .bin), or a text file")
+    tokenizer: str = flag(None, "gpt2 for shards and for GPT-2's weights, byte for text", choices=["gpt2", "byte"])
+    model: str = flag(None, "size: gpt2 for shards, demo for text", choices=list(SIZES))
     n_layer: int = flag(None, "override the model's depth", 1)
     n_head: int = flag(None, "override the model's heads", 1)
     n_embd: int = flag(None, "override the model's width", 1)
@@ -531,12 +578,12 @@ def configure(flags):
             default(**{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
         except (ValueError, AttributeError) as e:
             raise UserError(f"{cfg.init_from}/config.json does not describe a model: {e}") from None
-    candidates = [Path("input.txt"), Path(__file__).with_name("input.txt")]
+    candidates = [Path("edu_fineweb10B"), Path("input.txt"), Path(__file__).with_name("input.txt")]
     data = next((path for path in candidates if path.exists()), candidates[-1])
     default(data=str(data), init_from="scratch")
     if cfg.prompt is None and not Path(cfg.data).exists():
         raise UserError(f"--data {cfg.data} does not exist")
-    large = pretrained
+    large = pretrained or Path(cfg.data).is_dir()
     default(tokenizer="gpt2" if large else "byte",
             model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -622,8 +669,8 @@ def look(cfg, checkpoint):
     enc = get_tokenizer(cfg.tokenizer)
     model = build_model(cfg, checkpoint, enc).to(device)
     if cfg.eval_only:
-        _, val_tokens = open_data(cfg.data, enc)
-        loader = DataLoaderLite(val_tokens, 1, cfg.seq_len, f"the val split of {cfg.data}")
+        _, val_shards = open_data(cfg.data, enc)
+        loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"the val split of {cfg.data}")
         print(evaluate(model, model, loader, cfg, enc, device, dtype)[1])
         return
     prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
@@ -692,18 +739,20 @@ def train(cfg, checkpoint, auto_batch):
 
     # Data, model, optimiser
     enc = get_tokenizer(cfg.tokenizer)
-    train_tokens, val_tokens = open_data(cfg.data, enc)
-    val_loader = DataLoaderLite(val_tokens, 1, cfg.seq_len, f"the val split of {cfg.data}")
+    train_shards, val_shards = open_data(cfg.data, enc)
+    val_loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"the val split of {cfg.data}")
     raw_model = build_model(cfg, checkpoint, enc).to(device)
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
-    print(f"{cfg.model}: {raw_model.num_params() / 1e6:.1f} M parameters | {cfg.data} | tokenizer {cfg.tokenizer} | "
+    kind = "a folder of shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
+    print(f"training {cfg.model} on {cfg.data}, {kind}")
+    print(f"{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
     if auto_batch:
         fit_batch_size(model, raw_model, cfg, device, dtype)
     B, T = cfg.batch_size, cfg.seq_len
-    train_loader = DataLoaderLite(train_tokens, B, T, f"the train split of {cfg.data}", seed=cfg.seed)
+    train_loader = DataLoaderLite(train_shards, B, T, enc.n_vocab, f"the train split of {cfg.data}", seed=cfg.seed)
     accumulate = cfg.total_batch_size // (B * T)
     epochs = cfg.max_steps * cfg.total_batch_size / (train_loader.total * T)
     print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {train_loader.total * T:,} training "

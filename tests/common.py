@@ -68,7 +68,7 @@ def naive(model, prompt, n):
 
 def loader_of(tokens, B, T, **kwargs):
     """A loader of one row of ids."""
-    return train_gpt2.DataLoaderLite(np.asarray(tokens), B, T, **kwargs)
+    return train_gpt2.DataLoaderLite([np.asarray(tokens)], B, T, vocab_size=2**16, **kwargs)
 
 
 def optimizer_of(model, lr):
