@@ -1,0 +1,211 @@
+"""What a user types: nothing happens behind his back, and what cannot be is said in one line."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import ROOT, TINY, command, environment, run, run_here, short_text
+
+QUICK = [*TINY, "--max_steps", "2", "--sample_every", "0"]
+
+
+def test_import_prints_nothing_writes_nothing_and_needs_no_network(tmp_path):
+    code = f"import sys, socket\nsys.path.insert(0, {str(ROOT)!r})\n" \
+           "def no(*args): raise SystemExit('the network')\n" \
+           "socket.socket.connect = socket.getaddrinfo = no\n" \
+           "import train_gpt2, torch\n" \
+           "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n" \
+           "assert not {'transformers', 'tiktoken'} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env=environment(), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_flags(tmp_path):
+    done = run("--help", cwd=tmp_path)
+    assert "--max_steps" in done.stdout and "--no-compile" in done.stdout and done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with all kinds of files that do not do."""
+    here = short_text(tmp_path_factory.mktemp("here"))
+    run(*QUICK, "--save_every", "1", cwd=here)
+    (here / "latin1.txt").write_bytes("Grüße".encode("latin-1") * 1000)
+    (here / "empty.txt").write_bytes(b"")
+    (here / "short.txt").write_bytes(b"too short")
+    (here / "no_shards").mkdir()
+    for name, text in {"not_json": "{", "a_list": "[]", "not_gpt2": json.dumps({"model_type": "bert"}),
+                       "no_weights": json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1})}.items():
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(text)
+    shutil.copytree(here / "no_weights", here / "half_the_weights")
+    torch.save({"wte.weight": torch.zeros(50257, 8)}, here / "half_the_weights" / "pytorch_model.bin")
+    shutil.copy(here / "log" / "model_00002.pt", here / "truncated.pt")
+    os.truncate(here / "truncated.pt", 5000)
+    torch.save([1, 2], here / "list.pt")
+    return here
+
+
+CUDA = [] if torch.cuda.is_available() else [["--device", "cuda"]]
+IMPOSSIBLE = CUDA + [line.split() for line in """\
+--no_such_flag
+--max_step 3
+surplus
+--max_steps
+--max_steps many
+--max_steps 1.5
+--tokenizer words
+--dtype float8
+--data missing.txt
+--data latin1.txt
+--data empty.txt
+--data short.txt
+--data no_shards --tokenizer byte
+--data no_shards --eval_only --init_from scratch --tokenizer byte
+--seq_len 33
+--n_embd 33
+--n_head 0
+--n_layer -1
+--batch_size 0
+--batch_size -4
+--batch_size 1000000
+--total_batch_size 100
+--max_steps -1
+--max_lr nan
+--max_lr inf
+--max_lr -1
+--grad_clip -1
+--weight_decay nan
+--seed -1
+--seed 18446744073709551616
+--temperature -1
+--temperature nan
+--temperature inf
+--top_k -1
+--top_p 0
+--top_p 2
+--top_p nan
+--num_samples 0
+--keep 0
+--warmup_steps 3
+--log_dir input.txt
+--log_dir input.txt/log
+--prompt x --log_dir nothing_there
+--eval_only --log_dir nothing_there
+--prompt x --n_embd 64
+--init_from nonsense --tokenizer byte
+--init_from missing.pt
+--init_from truncated.pt
+--init_from list.pt
+--init_from log/model_00002.pt --block_size 64
+--init_from not_json
+--init_from a_list
+--init_from no_shards --tokenizer byte
+--init_from gpt2 --n_layer 2
+""".splitlines()]
+
+
+def impossible(flags):
+    """The flags, after those of a quick run where these do not clash with them."""
+    return flags if {"--init_from", "--prompt", "--eval_only"} & set(flags) else [*QUICK, *flags]
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE, ids=" ".join)
+def test_what_cannot_be_is_said_in_one_line_and_changes_nothing(monkeypatch, capfd, here, flags):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, here, *impossible(flags))
+    err = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("train_gpt2.py: ") and err.count("\n") == 1, err
+    assert any(flag.strip("-") in err for flag in flags), f"does not say what is wrong: {err}"
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_the_process_exits_2_with_one_line(here):
+    for flags in (["--max_steps", "-1"], ["--prompt", "x", "--log_dir", "nothing_there"]):
+        done = run(*flags, cwd=here, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", ["not_gpt2", "no_weights", "half_the_weights"])
+def test_a_folder_that_is_no_gpt2_is_refused_in_one_line(here, name):
+    done = run("--init_from", name, "--tokenizer", "byte", "--prompt", "x", cwd=here, check=False, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and name in done.stderr and done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may write anywhere")
+def test_a_log_dir_that_may_not_be_written_is_said_in_one_line(here, tmp_path):
+    tmp_path.chmod(0o500)
+    done = run(*QUICK, "--log_dir", tmp_path / "log", cwd=here, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [QUICK, [*QUICK, "--max_steps", "200"], ["--help"],
+                                   ["--prompt", "x", "--max_new_tokens", "50"]], ids=["short", "long", "help", "prompt"])
+def test_a_reader_that_has_gone_makes_no_noise(here, flags):
+    process = subprocess.Popen(command(*flags, *([] if "--prompt" in flags else ["--log_dir", "piped"])), cwd=here,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does when it has its lines
+    assert process.stderr.read() == ""
+    assert process.wait() in (0, 1)
+
+
+def test_text_does_not_need_its_data_to_be_spoken(monkeypatch, capsys, here, tmp_path):
+    shutil.copy(here / "input.txt", tmp_path / "my.txt")
+    run_here(monkeypatch, tmp_path, *QUICK, "--data", "my.txt", "--save_every", "2")
+    (tmp_path / "my.txt").unlink()
+    capsys.readouterr()
+    run_here(monkeypatch, tmp_path, "--prompt", "Once", "--max_new_tokens", "5")
+    assert capsys.readouterr().out.startswith("Once")
+
+
+@pytest.mark.parametrize("prompt", [b"\xff\xfe", b"", b"\0", "\u2028é".encode(), b"a\r\nb"])
+def test_any_bytes_on_stdin_are_a_prompt(here, prompt):
+    done = subprocess.run(command("--prompt", "-", "--max_new_tokens", "3"), cwd=here, env=environment(),
+                          input=prompt, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_console_that_lacks_a_character_shows_another(here):
+    done = subprocess.run(command("--prompt", "é 🙂", "--max_new_tokens", "3"), cwd=here, capture_output=True,
+                          env=environment(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and done.stdout.startswith(b"? ?")
+
+
+def test_wrong_ids_in_the_data_do_not_push_an_earlier_run_aside(monkeypatch, capsys, here, tmp_path):
+    for split in ("train", "val"):
+        np.save(tmp_path / f"{split}.npy", np.full(2000, 50000, dtype=np.uint16))
+    shutil.copytree(here / "log", tmp_path / "log")
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, tmp_path, *QUICK, "--data", tmp_path, "--model", "demo", "--tokenizer", "byte")
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "log" / "model_00002.pt").exists()
+
+
+def test_a_text_with_one_window_to_validate_on_is_enough(monkeypatch, capsys, tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"x" * 330)  # 33 bytes of validation
+    run_here(monkeypatch, tmp_path, *QUICK)
+    assert capsys.readouterr().out.count("val loss") == 2
+
+
+def test_no_steps_at_all_is_a_look_at_the_untrained_model(monkeypatch, capsys, here, tmp_path):
+    run_here(monkeypatch, here, *QUICK, "--max_steps", "0", "--log_dir", tmp_path / "log")
+    assert capsys.readouterr().out.count("val loss") == 1
+
+
+def test_a_very_low_temperature_takes_the_likeliest_token(monkeypatch, capsys, here):
+    said = []
+    for temperature in ("0", "1e-6", "1e-39"):
+        run_here(monkeypatch, here, "--prompt", "Once", "--max_new_tokens", "5", "--temperature", temperature)
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
