@@ -634,7 +634,7 @@ def build_model(cfg, checkpoint, enc):
     if cfg.init_from != "scratch":
         model = GPT.from_pretrained(cfg.init_from, padded)
         if model.config.vocab_size != enc.n_vocab:
-            raise UserError(f"{cfg.init_from} has {model.config.vocab_size} tokens, --tokenizer {cfg.tokenizer} not")
+            raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, which has other tokens")
         return model
     return GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
 
