@@ -16,8 +16,8 @@ laptop run ends at a val loss of about 1.32.
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
-import argparse, codecs, dataclasses, importlib.util, json, logging, math, os, re, signal, sys, time
-from dataclasses import dataclass
+import argparse, codecs, contextlib, dataclasses, importlib.util, itertools, json, math, os, re
+import signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,16 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-
 class UserError(ValueError):
     """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits with 2."""
 
+def require(condition, message):
+    """An assert about what the user asked for: raises UserError, also under `python -O`."""
+    if not condition:
+        raise UserError(message)
 
 # The model ------------------------------------------------------------------------------------------------------------
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """The shape of a GPT; GPT-2 124M by default. In shapes, B are sequences, T tokens, C = nh * hs heads of size hs."""
     block_size: int = 1024      # the longest T; each position has a learned vector
@@ -43,11 +46,10 @@ class GPTConfig:
     padded_vocab_size: int = 0  # rows of wte, if more than vocab_size: 50304 = 786 * 64 suits a GPU, 50257 is odd
 
     def __post_init__(self):
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share it equally")
-        if 0 < self.padded_vocab_size < self.vocab_size:
-            raise UserError(f"vocab_size={self.vocab_size} is over {self.padded_vocab_size}: wrong tokenizer?")
-
+        require(self.n_head > 0 and self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share it equally")
+        require(self.padded_vocab_size == 0 or self.padded_vocab_size >= self.vocab_size,
+                f"vocab_size={self.vocab_size} is over {self.padded_vocab_size}: wrong tokenizer?")
 
 SIZES = {
     "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128),             # 0.4 M parameters
@@ -56,7 +58,6 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774 M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),      # 1,558 M
 }
-
 
 class CausalSelfAttention(nn.Module):
     """Every token looks back: it compares its query with the keys of the tokens before it and its own, and takes in the
@@ -82,7 +83,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)                                                # heads side by side
         return self.c_proj(y)
 
-
 class MLP(nn.Module):
     """Every token thinks by itself: C -> 4 C -> C."""
     def __init__(self, config):
@@ -92,7 +92,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh: what GPT-2 was trained with
-
 
 class Block(nn.Module):
     """Talk, then think. LayerNorm stands before each part, so x itself is only ever added to: the residual stream."""
@@ -107,10 +106,8 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), pos, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
-
 # Hugging Face keeps these as Conv1D, (in, out); nn.Linear keeps (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
 
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head that shares wte's weights."""
@@ -143,22 +140,17 @@ class GPT(nn.Module):
         """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
         tokens at the positions pos (B, T). Raises UserError if the sequence is longer than block_size."""
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise UserError(f"T={T} is longer than block_size={self.config.block_size}: pass a shorter sequence")
+        require(T <= self.config.block_size, f"T={T} is longer than block_size={self.config.block_size}: pass less")
         pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
-        mask = None                                                                      # None: plain causal
-        if caches is not None:
-            mask = torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, keys)
+        mask = None if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             x = block(x, pos, mask, None if caches is None else caches[i])
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Logits for the token after each token, and their loss.
-
-        idx (B, T) int64; targets (B, T) or None. Returns logits (B, T, vocab_size) and the mean cross-entropy in nats,
-        or None. Raises UserError if T is more than block_size."""
+        """Logits (B, T, vocab_size) for the token after each token of idx (B, T) int64, and their mean cross-entropy in
+        nats if there are targets (B, T); -100 is not counted. Raises UserError if T is more than block_size."""
         logits = self.lm_head(self.trunk(idx))                                           # (B, T, rows of wte)
         rows, loss = torch.arange(logits.size(-1), device=idx.device), None
         if targets is not None:
@@ -169,14 +161,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, padded_vocab_size=0):
         """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
-        from transformers.utils.logging import disable_progress_bar
+        os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel  # our own line says what is wrong
         known = [size for size in SIZES if size != "demo"]
-        if name not in known and not Path(name).is_dir():
-            raise UserError(f"'{name}' is neither a folder nor a known GPT-2: {', '.join(known)}")
-        for library in ("transformers", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)  # our own line says it
-        disable_progress_bar()
+        require(name in known or Path(name).is_dir(), f"'{name}' is neither a folder nor a GPT-2: {', '.join(known)}")
         try:
             c = AutoConfig.from_pretrained(name)
             theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
@@ -185,8 +173,8 @@ class GPT(nn.Module):
         odd = [key for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner",
                                "tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
                if getattr(c, key, None) != getattr(GPT2Config(), key)]
-        if odd or info["missing_keys"]:
-            raise UserError(f"{name} is not a complete GPT-2, see its {', '.join([*odd, *info['missing_keys']][:3])}")
+        odd += info["missing_keys"]
+        require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
         theirs = theirs.state_dict()
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
         with torch.no_grad():
@@ -199,20 +187,17 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None,
                  use_cache=True):
         """Continue a batch of prompts: an iterator over new tokens, a (B,) tensor each.
-
         prompts: lists of ids, not empty, of any lengths. temperature 0 takes the likeliest token; top_k keeps the k
         likeliest (0: all); top_p the fewest that hold p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
         After eot_token a row repeats it; when all rows have, the iterator ends. generator, on the model's device,
         makes the draws repeatable. Without use_cache every token computes the whole context again."""
         device, S, caches, c = self.lm_head.weight.device, self.config.block_size, None, self.config
         rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        if not all(rows):
-            raise UserError("a prompt is empty: begin it with eot_token")
+        require(all(rows), "a prompt is empty: begin it with eot_token")
         for _ in range(max_new_tokens):
             # Learned positions cannot slide: past block_size, every token begins anew with the last block_size tokens.
             if caches is None or not use_cache or max(map(len, rows)) > S:
-                shape = (c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head)
-                caches = torch.zeros(shape, device=device)
+                caches = torch.zeros(c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head, device=device)
                 new, start = [row[-S:] for row in rows], [0] * len(rows)
             else:
                 new, start = [row[-1:] for row in rows], [len(row) - 1 for row in rows]
@@ -243,7 +228,6 @@ class GPT(nn.Module):
             for row, t in zip(rows, token.tolist()):
                 row.append(t)
 
-
 # Tokens ---------------------------------------------------------------------------------------------------------------
 def get_tokenizer(name):
     """A tiktoken Encoding: `gpt2`, or `byte`, which is byte-pair encoding with zero merges. Raises UserError."""
@@ -257,7 +241,6 @@ def get_tokenizer(name):
         raise UserError(f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, point "
                         f"TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
 
-
 def stream_text(model, enc, prompt, cfg, seed):
     """Continue prompt: an iterator over pieces of text. A character split over tokens waits until it is whole."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)  # not the global one: training uses that
@@ -269,11 +252,9 @@ def stream_text(model, enc, prompt, cfg, seed):
             yield utf8.decode(enc.decode_single_token_bytes(token.item()))
     yield utf8.decode(b"", final=True)
 
-
 # Data -----------------------------------------------------------------------------------------------------------------
 def open_shard(path):
     """Token ids of one shard, (n,) uint16, mapped from disk: only what is indexed is read. Raises UserError.
-
     .npy as numpy writes it, or .bin as llm.c writes it: 256 int32 (20240520, 1, n, ...), then n uint16."""
     try:
         if path.suffix == ".npy":
@@ -287,10 +268,9 @@ def open_shard(path):
                 raise ValueError(f"it holds {len(tokens):,} tokens, its header says {header[2]:,}")
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is cut short or not a token shard: {e}. Make or copy it again") from None
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of uint16")
+    require(tokens.dtype == np.uint16 and tokens.ndim == 1,
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of uint16")
     return tokens
-
 
 def open_data(path, enc):
     """The training and the validation split, each a list of shards: paths out of a folder, or one array of a text's
@@ -307,26 +287,23 @@ def open_data(path, enc):
     n = len(tokens) * 9 // 10
     return [tokens[:n]], [tokens[n:]]
 
-
 class DataLoaderLite:
     """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart.
-
     A shard is cut into windows that begin at 0, T, 2T, ...; in an epoch each window of each shard comes once. With a
     seed the order is shuffled, shards first, then the windows of each; without, it is the order on disk. It follows
-    from (seed, epoch) and one position that all processes share, and rank r takes the r-th B windows of each global
-    batch. So the number of processes does not change the global batches, and epoch and position are all to save.
+    from the seed and one position that all processes share, and rank r takes the r-th B windows of each global batch.
+    So the number of processes does not change the global batches, and the position is all there is to save.
     Raises UserError if the data are too few for one batch, or hold an id of vocab_size or more."""
-
     def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
         self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        lengths = [len(self._tokens(i)) for i in tqdm(range(len(shards)), "shards", leave=False, disable=None, delay=1)]
+        self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
+        lengths = [len(self._tokens(i)) for i in range(len(shards))]
         self.windows = np.array([max(n - 1, 0) // T for n in lengths])
         self.total = int(self.windows.sum())
-        if self.total < B * world_size:
-            raise UserError(f"{name} has {sum(lengths):,} tokens in {len(shards)} files: too few for one batch of "
-                            f"{B * world_size} windows of T={T}. Lower --batch_size or --seq_len, or bring more")
-        self.epoch, self.position = 0, 0       # position: windows of this epoch that all processes have taken
+        require(self.total >= B * world_size,
+                f"{name} has {sum(lengths):,} tokens, too few for a batch of {B * world_size} windows of T={T}: lower "
+                f"--batch_size or --seq_len, or bring more")
+        self.position = 0                      # windows that all processes have taken since the run began
         self._order, self._open = (None,), (None,)
 
     def _tokens(self, shard):
@@ -348,35 +325,26 @@ class DataLoaderLite:
         _, tokens, windows = self._open
         start = int(windows[position - ends[nth] + self.windows[shard]]) * self.T
         window = tokens[start:start + self.T + 1]
-        if window.max() >= self.vocab_size:
-            raise UserError(f"{self.shards[shard] if isinstance(self.shards[shard], Path) else 'the text'}: id "
-                            f"{window.max()} is outside the vocabulary of {self.vocab_size}: wrong --tokenizer?")
+        require(window.max() < self.vocab_size,
+                f"{getattr(tokens, 'filename', self.name)}: id {window.max()} is outside the vocabulary of "
+                f"{self.vocab_size}: wrong --tokenizer?")
         return window
 
-    def batch(self, epoch, position, n):
-        """n windows from a position on, running over into the next epoch: x, y, each (n, T) int64."""
-        at = [divmod(position + i, self.total) for i in range(n)]
-        buf = torch.from_numpy(np.stack([self.window(epoch + e, p) for e, p in at]).astype(np.int64))
+    def batch(self, position, n):
+        """n windows from a position on: x, y, each (n, T) int64."""
+        windows = [self.window(*divmod(p, self.total)) for p in range(position, position + n)]
+        buf = torch.from_numpy(np.stack(windows).astype(np.int64))
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
     def next_batch(self):
         """This rank's part of the next global batch: x, y, each (B, T) int64."""
-        x, y = self.batch(self.epoch, self.position + self.rank * self.B, self.B)
-        epochs, self.position = divmod(self.position + self.B * self.world_size, self.total)
-        self.epoch += epochs
+        x, y = self.batch(self.position + self.rank * self.B, self.B)
+        self.position += self.B * self.world_size
         return x, y
-
-    def state_dict(self):
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state):
-        self.epoch, self.position = state["epoch"], state["position"]
-
 
 def send(batch, device):
     """x, y on the device. From pinned memory the copy to a GPU can run while the GPU computes."""
     return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in batch]
-
 
 # Optimiser and learning rate ------------------------------------------------------------------------------------------
 def configure_optimizer(model, lr, weight_decay):
@@ -387,7 +355,6 @@ def configure_optimizer(model, lr, weight_decay):
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # fused: one kernel for all
 
-
 def get_lr(step, cfg):
     """The learning rate of a step: 1) up in a line, 2) down along a cosine, 3) from max_steps on, min_lr."""
     if step < cfg.warmup_steps:
@@ -397,51 +364,28 @@ def get_lr(step, cfg):
     progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # 0 .. 1
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-
 # The machine ----------------------------------------------------------------------------------------------------------
 # Dense bf16 (fp16 where there is no bf16) TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
-PEAK_TFLOPS = {"V100": 125, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362, "RTX 3060": 25.5,
-               "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4060": 30, "RTX 4070": 58.3, "RTX 4080": 97.5,
-               "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5, "H100": 989.5,
-               "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
-               "V100-PCIE-16GB": 112, "V100-PCIE-32GB": 112}
-
+PEAK_TFLOPS = {
+    "V100": 125, "V100-PCIE-16GB": 112, "V100-PCIE-32GB": 112, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121,
+    "L40S": 362, "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
+    "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4060": 30, "RTX 4070": 58.3,
+    "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
 
 def peak_flops(device):
     """FLOP/s the device can do at best, or None where this file does not know."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if not name or "MIG" in name:  # MIG: a slice of a GPU
-        return None
     name = re.sub("NVIDIA |GeForce |Tesla ", "", name)
     tflops = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(re.split("[- ]", name)[0])  # "H100 80GB HBM3" is an H100
-    return tflops and tflops * 1e12
-
+    return tflops * 1e12 if tflops and "MIG" not in name else None                # MIG: a slice of a GPU
 
 def flops_per_token(model, T):
     """FLOPs of forward and backward: 6 for each parameter, 12 L C T for attention (arXiv:2204.02311, appendix B)."""
     return 6 * model.num_params() + 12 * model.config.n_layer * model.config.n_embd * T
 
-
-def choose_machine(cfg):
-    """device, dtype and whether to compile, as asked for or as suits the machine. Raises UserError."""
-    device = torch.device(cfg.device)
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
-    if dtype == "bfloat16" and not bf16:
-        raise UserError("this GPU has no bfloat16: pass --dtype float16")
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
-    compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
-    return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile
-
-
 def autocast(device, dtype):
     """Matmuls in dtype; softmax, LayerNorm, the loss, and the weights themselves stay float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def out_of_memory(error):
-    return re.search("out of memory|can't allocate memory", str(error))
-
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
@@ -453,7 +397,6 @@ def save_checkpoint(path, state):
         os.fsync(f.fileno())
     os.replace(beside, path)
 
-
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. Raises UserError if it is cut short or not ours."""
     try:
@@ -462,14 +405,12 @@ def load_checkpoint(path):
             raise ValueError("another format")
         return state
     except Exception as e:  # whatever torch.load meets in a broken file
-        raise UserError(f"cannot use the checkpoint {path}, is it cut short? ({type(e).__name__})") from None
-
+        raise UserError(f"cannot use the checkpoint {path}, is it cut short, or old? ({type(e).__name__})") from None
 
 def checkpoints(log_dir):
     """Paths of the checkpoints in log_dir by step, oldest first."""
     found = {int(p.stem[6:]): p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()}
     return dict(sorted(found.items()))
-
 
 def newest_checkpoint(log_dir):
     """The newest checkpoint that can be read, or None if there is none yet. Raises UserError if all are broken."""
@@ -479,17 +420,13 @@ def newest_checkpoint(log_dir):
             return load_checkpoint(path)
         except UserError as e:
             print(f"warning: {e}; trying the one before", file=sys.stderr)
-    if found:
-        raise UserError(f"no checkpoint in {log_dir} can be read: start again without --resume")
-    return None
-
+    require(not found, f"no checkpoint in {log_dir} can be read: start again without --resume")
 
 # Configuration --------------------------------------------------------------------------------------------------------
 def flag(default, help, least=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
-
-@dataclass
+@dataclasses.dataclass
 class TrainConfig:
     """All that can be set, one command-line flag each. None: chosen for the model, the data or the machine."""
     data: str = flag(None, "folder of *train* and *val* shards (.npy, .bin), or a text file")
@@ -528,7 +465,6 @@ class TrainConfig:
     num_samples: int = flag(1, "texts to generate", 1)
     eval_only: bool = flag(False, "print the validation loss and exit")
 
-
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
 GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_every=1000)
 RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5, save_every=250),
@@ -537,16 +473,15 @@ RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
 MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "sample_every", "save_every", "keep",
               "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
-NOT_SAVED = ["device", "compile", "log_dir", "resume", "prompt", "eval_only", "init_from"]
-FORMAT = 1  # of the checkpoints: a plain dict of plain values and tensors
-
+NOT_SAVED = "device compile log_dir resume init_from prompt eval_only".split()
+OUT_OF_MEMORY = "out of memory|can't allocate memory"
+FORMAT = 2  # of the checkpoints: a plain dict of plain values and tensors
 
 def configure(flags):
     """(cfg, checkpoint): the whole configuration from the flags given, and the state to begin from, or None. All that
     can be checked before anything slow is checked here. Raises UserError."""
     cfg = TrainConfig(**flags)
     look_only = cfg.prompt is not None or cfg.eval_only
-
     def default(**values):
         for key, value in values.items():
             if getattr(cfg, key) is None:
@@ -555,8 +490,8 @@ def configure(flags):
     # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
     newest = cfg.resume or look_only and not cfg.init_from
     checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
-    if look_only and newest and not checkpoint:
-        raise UserError(f"no checkpoint in {cfg.log_dir}: train first, or pass --init_from gpt2")
+    require(checkpoint or not (look_only and newest),
+            f"no checkpoint in {cfg.log_dir}: train first, or pass --init_from gpt2")
     if checkpoint:
         keys, cfg.init_from = list(checkpoint["config"]), "scratch"  # no other start any more
     elif cfg.init_from and cfg.init_from.endswith(".pt"):
@@ -564,32 +499,27 @@ def configure(flags):
         keys = list(checkpoint["config"]) if look_only else SHAPE
     for key in keys:
         value = checkpoint["config"][key]
-        if key not in flags:
-            setattr(cfg, key, value)
-        elif flags[key] != value and key not in MAY_CHANGE and (key in SHAPE or not look_only):
-            raise UserError(f"--{key} {flags[key]}: the checkpoint has {value}; may change: {', '.join(MAY_CHANGE)}")
+        setattr(cfg, key, flags.get(key, value))
+        require(getattr(cfg, key) == value or key in MAY_CHANGE or (look_only and key not in SHAPE),
+                f"--{key} {getattr(cfg, key)}: the checkpoint has {value}; may change: {', '.join(MAY_CHANGE)}")
 
     pretrained = not checkpoint and cfg.init_from not in (None, "scratch")
-    if pretrained and (clash := [key for key in SHAPE[1:] if key in flags]):
-        raise UserError(f"--{clash[0]} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
-    if pretrained and (theirs := Path(cfg.init_from) / "config.json").is_file():
-        try:
-            theirs = json.loads(theirs.read_text())
+    if pretrained:
+        for key in SHAPE[1:]:
+            require(key not in flags, f"--{key} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # from_pretrained() will say what is wrong there
+            theirs = json.loads((Path(cfg.init_from) / "config.json").read_text())
             default(**{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
-        except (ValueError, AttributeError) as e:
-            raise UserError(f"{cfg.init_from}/config.json does not describe a model: {e}") from None
-    candidates = [Path("edu_fineweb10B"), Path("input.txt"), Path(__file__).with_name("input.txt")]
-    data = next((path for path in candidates if path.exists()), candidates[-1])
-    default(data=str(data), init_from="scratch")
-    if cfg.prompt is None and not Path(cfg.data).exists():
-        raise UserError(f"--data {cfg.data} does not exist")
+    candidates = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
+    default(data=[*candidates, str(Path(__file__).with_name("input.txt"))][0], init_from="scratch")
+    require(cfg.prompt is not None or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
     large = pretrained or Path(cfg.data).is_dir()
     default(tokenizer="gpt2" if large else "byte",
             model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": True}
     default(device=next(name for name in have if have[name]))
-    if not have[cfg.device]:
-        raise UserError(f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
+    require(have[cfg.device],
+            f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
     if cfg.device != "cuda" and cfg.model != "demo":
         default(batch_size=4)                                 # GPT-2 at B=64 wants 80 GB
     unasked = cfg.warmup_steps is None
@@ -601,20 +531,17 @@ def configure(flags):
 
     for f in dataclasses.fields(cfg):
         value, least = getattr(cfg, f.name), f.metadata["least"]
-        if least is not None and not least <= value < (2**63 if f.type is int else math.inf):
-            raise UserError(f"--{f.name} {value} is out of range: it must be {least} or more")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p {cfg.top_p}: must be above 0 and at most 1")
-    if cfg.seq_len > cfg.block_size:
-        raise UserError(f"--seq_len {cfg.seq_len} is longer than block_size={cfg.block_size}: lower it to that")
-    if checkpoint and cfg.init_from == "scratch" and checkpoint["step"] > cfg.max_steps:
-        raise UserError(f"--max_steps {cfg.max_steps}: the checkpoint already has {checkpoint['step']} steps")
-    if cfg.warmup_steps > cfg.max_steps:
-        raise UserError(f"--warmup_steps {cfg.warmup_steps} is more than max_steps={cfg.max_steps}: lower it")
+        require(least is None or least <= value < (2**63 if f.type is int else math.inf),
+                f"--{f.name} {value} is out of range: it must be {least} or more")
+    require(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be above 0 and at most 1")
+    require(cfg.seq_len <= cfg.block_size, f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
+    require(cfg.warmup_steps <= cfg.max_steps, f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
+    done = checkpoint["step"] if checkpoint and cfg.init_from == "scratch" else 0
+    require(done <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the checkpoint already has {done} steps")
     BT = cfg.batch_size * cfg.seq_len
-    if not look_only and cfg.total_batch_size % BT:
-        raise UserError(f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len = {BT}: pass "
-                        f"--total_batch_size {max(cfg.total_batch_size // BT, 1) * BT}")
+    require(look_only or cfg.total_batch_size % BT == 0,
+            f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len = {BT}: pass "
+            f"--total_batch_size {max(cfg.total_batch_size // BT, 1) * BT}")
     if not look_only:
         try:
             Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
@@ -623,23 +550,29 @@ def configure(flags):
             raise UserError(f"cannot write to --log_dir {cfg.log_dir}: {e.strerror}") from None
     return cfg, checkpoint
 
-
-def build_model(cfg, checkpoint, enc):
-    """The model that cfg asks for, on the CPU, in float32."""
+def set_up(cfg, checkpoint):
+    """device, dtype and whether to compile, as asked for or as suits the machine; tokenizer and model, this on the CPU
+    in float32. Raises UserError."""
+    device = torch.device(cfg.device)
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
+    require(bf16 or dtype != "bfloat16", "this GPU has no bfloat16: pass --dtype float16")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
+    compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
+    torch.manual_seed(cfg.seed)
+    enc = get_tokenizer(cfg.tokenizer)
     padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
     if checkpoint:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-        return model
-    if cfg.init_from != "scratch":
+    elif cfg.init_from == "scratch":
+        model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
+    else:
         model = GPT.from_pretrained(cfg.init_from, padded)
-        if model.config.vocab_size != enc.n_vocab:
-            raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, which has other tokens")
-        return model
-    return GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
+        require(model.config.vocab_size == enc.n_vocab,
+                f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, which has other tokens")
+    return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile, enc, model
 
-
-# Looking at a model ---------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
     """Mean loss in nats per token over the first val_tokens of a loader's data, and a line that says it in three ways.
@@ -651,7 +584,7 @@ def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
     windows = min(loader.total, max(cfg.val_tokens // loader.T, 1))
     nats = tokens = text_bytes = 0
     for first in tqdm(range(0, windows, cfg.batch_size), "validation", leave=False, disable=None, delay=1):
-        x, y = loader.batch(0, first, min(cfg.batch_size, windows - first))
+        x, y = loader.batch(first, min(cfg.batch_size, windows - first))
         text_bytes += int(bytes_of[y.numpy()].sum())
         forward = model if len(x) == cfg.batch_size else raw_model
         with autocast(device, dtype):
@@ -661,18 +594,14 @@ def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
     loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
-
 def look(cfg, checkpoint):
     """--eval_only: one line about the validation split. --prompt: continue it on stdout, num_samples times."""
-    device, dtype, _ = choose_machine(cfg)
-    torch.manual_seed(cfg.seed)
-    enc = get_tokenizer(cfg.tokenizer)
-    model = build_model(cfg, checkpoint, enc).to(device)
+    device, dtype, _, enc, model = set_up(cfg, checkpoint)
+    model.to(device)
     if cfg.eval_only:
         _, val_shards = open_data(cfg.data, enc)
-        loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"the val split of {cfg.data}")
-        print(evaluate(model, model, loader, cfg, enc, device, dtype)[1])
-        return
+        loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
+        return print(evaluate(model, model, loader, cfg, enc, device, dtype)[1])
     prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
     for i in range(cfg.num_samples):
         print("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
@@ -680,7 +609,6 @@ def look(cfg, checkpoint):
             for piece in stream_text(model, enc, prompt, cfg, cfg.seed + i):
                 print(piece, end="", flush=True)
         print()
-
 
 # Training -------------------------------------------------------------------------------------------------------------
 def fit_batch_size(model, raw_model, cfg, device, dtype):
@@ -694,7 +622,7 @@ def fit_batch_size(model, raw_model, cfg, device, dtype):
             loss.backward()
             return
         except RuntimeError as e:
-            if not out_of_memory(e) or cfg.batch_size % 2:
+            if not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
                 raise
         finally:
             moments = loss = None
@@ -704,14 +632,12 @@ def fit_batch_size(model, raw_model, cfg, device, dtype):
         cfg.batch_size //= 2
         print(f"out of memory: trying --batch_size {cfg.batch_size}")
 
-
 def open_log(log_dir, step, resume):
     """log.txt, open for more rows `STEP STREAM VALUE`; those from step on go, they are about to come again. A fresh run
     does not write over an earlier one: that is moved aside."""
-    path, found, n = log_dir / "log.txt", checkpoints(log_dir), 1
+    path, found = log_dir / "log.txt", checkpoints(log_dir)
     if (found or path.stat().st_size) and not (resume and found):
-        while (aside := log_dir / f"earlier_run_{n}").exists():
-            n += 1
+        aside = next(p for n in itertools.count(1) if not (p := log_dir / f"earlier_run_{n}").exists())
         aside.mkdir()
         for old in [*found.values(), path]:
             old.rename(aside / old.name)
@@ -719,64 +645,59 @@ def open_log(log_dir, step, resume):
     rows = path.read_text().splitlines(True) if path.exists() else []
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(r for r in rows if re.fullmatch(r"\d+ \w+ \S+\n", r) and int(r.split()[0]) < step))
-    os.replace(beside, path)
-    return open(path, "a", buffering=1)  # a line at a time
+    return open(beside.replace(path), "a", buffering=1)  # a line at a time
 
-
-def check_finite(step, loss, norm, last_good):
+def check_finite(step, loss, norm, log_dir):
     """End the run if a loss or a gradient norm is not a number: nothing after it would be worth saving."""
     if not math.isfinite(loss) or not math.isfinite(norm):
+        last_good = [path.name for path in checkpoints(log_dir).values()][-1:] or ["none"]
         sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; nothing of it was saved. Last good checkpoint: "
-                 f"{last_good}. Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
-
+                 f"{last_good[0]}. Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
 
 def train(cfg, checkpoint, auto_batch):
     """Train as cfg says, from a checkpoint's state if there is one to resume."""
     resumed = checkpoint if cfg.init_from == "scratch" else None
-    device, dtype, compiles = choose_machine(cfg)
-    torch.manual_seed(cfg.seed)
     log_dir = Path(cfg.log_dir)
 
-    # Data, model, optimiser
-    enc = get_tokenizer(cfg.tokenizer)
+    # Model, data, optimiser
+    device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
+    raw_model.to(device)
     train_shards, val_shards = open_data(cfg.data, enc)
-    val_loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"the val split of {cfg.data}")
-    raw_model = build_model(cfg, checkpoint, enc).to(device)
+    T, V = cfg.seq_len, enc.n_vocab
+    train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", seed=cfg.seed)
+    val_loader = DataLoaderLite(val_shards, 1, T, V, f"{cfg.data} (val)")
     model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
-    kind = "a folder of shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
-    print(f"training {cfg.model} on {cfg.data}, {kind}")
+    no_shards = ", a text (shards would be found in edu_fineweb10B)" if Path(cfg.data).is_file() else ""
+    print(f"training {cfg.model} on {cfg.data}{no_shards}")
     print(f"{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
           f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
     if auto_batch:
         fit_batch_size(model, raw_model, cfg, device, dtype)
-    B, T = cfg.batch_size, cfg.seq_len
-    train_loader = DataLoaderLite(train_shards, B, T, enc.n_vocab, f"the train split of {cfg.data}", seed=cfg.seed)
+    B = train_loader.B = cfg.batch_size
     accumulate = cfg.total_batch_size // (B * T)
-    epochs = cfg.max_steps * cfg.total_batch_size / (train_loader.total * T)
-    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {train_loader.total * T:,} training "
-          f"tokens | {cfg.max_steps:,} steps, {epochs:.1f} epochs")
+    tokens = train_loader.total * T
+    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {tokens:,} training "
+          f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
 
     # Where to begin
     start, best_loss, best_step = 0, math.inf, -1
     if resumed:
         start, best_loss, best_step = resumed["step"], resumed["best_loss"], resumed["best_step"]
         optimizer.load_state_dict(resumed["optimizer"])
-        if resumed["scaler"]:           # empty unless it trained in float16
-            scaler.load_state_dict(resumed["scaler"])
-        train_loader.load_state_dict(resumed["loader"])
+        scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # empty unless it trained in float16
+        train_loader.position = resumed["position"]
         torch.set_rng_state(resumed["rng"]["cpu"])
         if device.type == "cuda" and resumed["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(resumed["rng"]["cuda"])
         print(f"resumed from step {start:,}")
     elif cfg.resume:
         print(f"no checkpoint in {log_dir} yet: starting from step 0")
-    last_good = f"model_{start:05d}.pt" if resumed else "none"
     del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
-    loader_state = train_loader.state_dict()
+    position = train_loader.position
     x, y = send(train_loader.next_batch(), device)
-    log = open_log(log_dir, start, cfg.resume)
+    log = open_log(log_dir, start, start > 0)
 
     stop = []                           # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
     def ask_to_stop(signum, frame):
@@ -784,7 +705,6 @@ def train(cfg, checkpoint, auto_batch):
         signal.signal(signum, signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
-
     prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     for step in range(start, cfg.max_steps + 1):
@@ -795,7 +715,7 @@ def train(cfg, checkpoint, auto_batch):
                                         for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
         if step > 0 and (stop or evaluating or sampling or saving):
             with torch.no_grad(), autocast(device, dtype):
-                check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, last_good)  # did the last step ruin it?
+                check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, log_dir)  # did the last step ruin it?
         if evaluating and not stop:
             val_loss, report = evaluate(model, raw_model, val_loader, cfg, enc, device, dtype)
             print(f"step {step:5d} | {report}")
@@ -808,31 +728,27 @@ def train(cfg, checkpoint, auto_batch):
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_step = val_loss, step
             cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            save_checkpoint(log_dir / f"model_{step:05d}.pt", {
+            state = {
                 "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
-                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "loader": loader_state, "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
-                "model_config": dataclasses.asdict(raw_model.config),
-                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}})
-            last_good = f"model_{step:05d}.pt"
+                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
+                "position": position, "model_config": dataclasses.asdict(raw_model.config),
+                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}}
+            save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
             kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
             for s in list(kept)[:-cfg.keep]:
                 kept[s].unlink()
-        if stop:
-            print(f"stopped after {step:,} steps: --resume goes on from there")
-            return
-        if last_step:
+        if stop or last_step:
             break
 
         # One step: the gradient of the mean loss over total_batch_size tokens, gathered in several passes
-        t0 = time.perf_counter()
-        loss_sum = 0.0
+        t0, loss_sum = time.perf_counter(), 0.0
         for _ in range(accumulate):
             with autocast(device, dtype):
                 _, loss = model(x, y)
             loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
             loss_sum += loss.detach()
-            loader_state = train_loader.state_dict()                 # the batch in hand is used, the next one not yet
+            position = train_loader.position                         # the batch in hand is used, the next one not yet
             x, y = send(train_loader.next_batch(), device)           # on its way while the GPU still computes
             scaler.scale(loss).backward()   # float16: small gradients would vanish, so the loss is scaled up first
         scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
@@ -843,22 +759,20 @@ def train(cfg, checkpoint, auto_batch):
         scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()    # the clock must wait for the GPU
+        loss, norm = loss_sum.item(), norm.item()    # waits for the GPU, and so the clock does, too
         dt = time.perf_counter() - t0
 
-        loss, norm = float(loss_sum), float(norm)
-        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, last_good)  # the scaler expects overflows
+        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
         mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak:.1%}" if peak else ""
         print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
         log.write(f"{step} train {loss:.6f}\n")
 
+    if stop:
+        return print(f"stopped after {step:,} steps: --resume goes on from there")
     here = "python train_gpt2.py" + ("" if cfg.log_dir == "log" else f" --log_dir {cfg.log_dir}")
     print(f"Done: the run is in {log_dir}. What next?\n  {here} --prompt Once    # try --temperature 0.5 and 1.2\n"
-          f"  {here} --resume --max_steps {2 * cfg.max_steps}    # train longer\n"
-          f"  python train_gpt2.py --data my.txt --log_dir my_log    # your own text")
-
+          f"  {here} --resume --max_steps {2 * cfg.max_steps}    # train longer")
 
 # Command line ---------------------------------------------------------------------------------------------------------
 def main():
@@ -867,13 +781,10 @@ def main():
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
     for f in dataclasses.fields(TrainConfig):
         help = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", help=help, action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(f"--{f.name}", help=help, type=f.type, choices=f.metadata["choices"])
-    def error(message):
-        raise UserError(f"{message} (--help lists all flags)")
-    parser.error = error                      # argparse would print its usage, too
+        yes_or_no = dict(action=argparse.BooleanOptionalAction)
+        kind = yes_or_no if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", help=help, **kind)
+    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")  # and not argparse's usage
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
     try:
         flags = vars(parser.parse_args())
@@ -891,10 +802,9 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as e:
-        if not out_of_memory(e):
+        if not re.search(OUT_OF_MEMORY, str(e)):
             raise
         sys.exit("train_gpt2.py: out of memory: lower --batch_size (not --total_batch_size) or --seq_len")
-
 
 if __name__ == "__main__":
     main()

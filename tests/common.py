@@ -1,27 +1,18 @@
 """What several tests need."""
 
 import contextlib
-
 import os
-
 import re
-
 import signal
-
 import subprocess
-
 import sys
-
 from pathlib import Path
 
 import numpy as np
-
 import torch
-
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import train_gpt2
-
 
 ROOT = Path(train_gpt2.__file__).resolve().parent
 
