@@ -7,6 +7,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
     python train_gpt2.py --data my.txt              the same on your own text
     python train_gpt2.py --data edu_fineweb10B      one GPU: GPT-2 124M on a folder of shards, 19,073 steps
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
 
@@ -16,12 +17,13 @@ laptop run ends at a val loss of about 1.32.
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
-import argparse, codecs, contextlib, dataclasses, importlib.util, itertools, json, math, os, re
+import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
 import signal, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -186,11 +188,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None,
                  use_cache=True):
-        """Continue a batch of prompts: an iterator over new tokens, a (B,) tensor each.
-        prompts: lists of ids, not empty, of any lengths. temperature 0 takes the likeliest token; top_k keeps the k
-        likeliest (0: all); top_p the fewest that hold p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
-        After eot_token a row repeats it; when all rows have, the iterator ends. generator, on the model's device,
-        makes the draws repeatable. Without use_cache every token computes the whole context again."""
+        """Continue prompts, lists of ids of any lengths but 0: an iterator over new tokens, a (B,) tensor each.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest (0: all); top_p the fewest that hold p of
+        the probability (Holtzman et al. 2020, arXiv:1904.09751). After eot_token a row repeats it; when all rows have,
+        the iterator ends. generator is on the model's device. Without use_cache each token begins all over again."""
         device, S, caches, c = self.lm_head.weight.device, self.config.block_size, None, self.config
         rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         require(all(rows), "a prompt is empty: begin it with eot_token")
@@ -274,26 +275,27 @@ def open_shard(path):
 
 def open_data(path, enc):
     """The training and the validation split, each a list of shards: paths out of a folder, or one array of a text's
-    ids, nine tenths and one tenth. Raises UserError."""
+    ids, nine tenths and one tenth. One process reads the text and tells the others. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         shards = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".bin"))
         return ([p for p in shards if p.name.rfind("train") > p.name.rfind("val")],
                 [p for p in shards if p.name.rfind("val") > p.name.rfind("train")])
     try:
-        tokens = enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())
+        tokens = [process()[0] or enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
-    n = len(tokens) * 9 // 10
+    if dist.is_initialized():
+        dist.broadcast_object_list(tokens)  # from rank 0
+    tokens, n = tokens[0], len(tokens[0]) * 9 // 10
     return [tokens[:n]], [tokens[n:]]
 
 class DataLoaderLite:
-    """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart.
-    A shard is cut into windows that begin at 0, T, 2T, ...; in an epoch each window of each shard comes once. With a
-    seed the order is shuffled, shards first, then the windows of each; without, it is the order on disk. It follows
-    from the seed and one position that all processes share, and rank r takes the r-th B windows of each global batch.
-    So the number of processes does not change the global batches, and the position is all there is to save.
-    Raises UserError if the data are too few for one batch, or hold an id of vocab_size or more."""
+    """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart. Windows begin at 0, T,
+    2T, ... of a shard; in an epoch each of each shard comes once. With a seed the order is shuffled, shards first, then
+    the windows of each; else it is that on disk. It follows from the seed and one position that all processes share:
+    rank r takes the r-th B windows of each global batch. So the number of processes does not change the batches, and
+    the position is all there is to save. Raises UserError if the data are too few, or hold an id that is too large."""
     def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
         self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
         self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
@@ -301,8 +303,7 @@ class DataLoaderLite:
         self.windows = np.array([max(n - 1, 0) // T for n in lengths])
         self.total = int(self.windows.sum())
         require(self.total >= B * world_size,
-                f"{name} has {sum(lengths):,} tokens, too few for a batch of {B * world_size} windows of T={T}: lower "
-                f"--batch_size or --seq_len, or bring more")
+                f"{name}: {sum(lengths):,} tokens, too few for {B * world_size} windows of T={T}: lower --batch_size")
         self.position = 0                      # windows that all processes have taken since the run began
         self._order, self._open = (None,), (None,)
 
@@ -382,6 +383,18 @@ def peak_flops(device):
 def flops_per_token(model, T):
     """FLOPs of forward and backward: 6 for each parameter, 12 L C T for attention (arXiv:2204.02311, appendix B)."""
     return 6 * model.num_params() + 12 * model.config.n_layer * model.config.n_embd * T
+
+def process():
+    """(rank, local_rank, world_size): which process this is, of all and of its node, and of how many. From torchrun."""
+    return tuple(int(os.environ.get(*key)) for key in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+def summed(*values, device):
+    """The sums of some numbers over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)                  # sum: an average is not to be had on every backend
+    return total.tolist()
 
 def autocast(device, dtype):
     """Matmuls in dtype; softmax, LayerNorm, the loss, and the weights themselves stay float32."""
@@ -480,18 +493,20 @@ FORMAT = 2  # of the checkpoints: a plain dict of plain values and tensors
 def configure(flags):
     """(cfg, checkpoint): the whole configuration from the flags given, and the state to begin from, or None. All that
     can be checked before anything slow is checked here. Raises UserError."""
-    cfg = TrainConfig(**flags)
+    cfg, (_, local_rank, world_size) = TrainConfig(**flags), process()
     look_only = cfg.prompt is not None or cfg.eval_only
+    restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
     def default(**values):
         for key, value in values.items():
             if getattr(cfg, key) is None:
                 setattr(cfg, key, value)
 
     # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
-    newest = cfg.resume or look_only and not cfg.init_from
+    newest = cfg.resume or restarted or look_only and not cfg.init_from
     checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
-    require(checkpoint or not (look_only and newest),
-            f"no checkpoint in {cfg.log_dir}: train first, or pass --init_from gpt2")
+    if restarted and not cfg.resume and checkpoint and checkpoint["run"] != os.environ.get("TORCHELASTIC_RUN_ID"):
+        checkpoint = None  # it is an earlier run's: this one has none yet
+    require(checkpoint or not (look_only and newest), f"no checkpoint in {cfg.log_dir}: train, or --init_from gpt2")
     if checkpoint:
         keys, cfg.init_from = list(checkpoint["config"]), "scratch"  # no other start any more
     elif cfg.init_from and cfg.init_from.endswith(".pt"):
@@ -516,17 +531,17 @@ def configure(flags):
     large = pretrained or Path(cfg.data).is_dir()
     default(tokenizer="gpt2" if large else "byte",
             model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")
-    have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": 999}
     default(device=next(name for name in have if have[name]))
-    require(have[cfg.device],
-            f"--device {cfg.device}: this machine, or this build of PyTorch, has none; leave the flag out")
+    require(local_rank < have[cfg.device], f"--device {cfg.device}: this machine, or this build of PyTorch, has "
+            f"{int(have[cfg.device])}: leave the flag out, or lower torchrun's --nproc_per_node")
     if cfg.device != "cuda" and cfg.model != "demo":
         default(batch_size=4)                                 # GPT-2 at B=64 wants 80 GB
-    unasked = cfg.warmup_steps is None
+    unasked = {key for key, value in vars(cfg).items() if value is None}
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10)
     default(total_batch_size=cfg.batch_size * cfg.seq_len)
-    if unasked:
+    if "warmup_steps" in unasked:
         cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
 
     for f in dataclasses.fields(cfg):
@@ -538,10 +553,13 @@ def configure(flags):
     require(cfg.warmup_steps <= cfg.max_steps, f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
     done = checkpoint["step"] if checkpoint and cfg.init_from == "scratch" else 0
     require(done <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the checkpoint already has {done} steps")
-    BT = cfg.batch_size * cfg.seq_len
-    require(look_only or cfg.total_batch_size % BT == 0,
-            f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len = {BT}: pass "
-            f"--total_batch_size {max(cfg.total_batch_size // BT, 1) * BT}")
+    share = cfg.total_batch_size // (cfg.seq_len * world_size)  # sequences of a step for each process
+    if "batch_size" not in flags or "total_batch_size" in unasked:
+        cfg.batch_size = next((B for B in range(min(cfg.batch_size, share), 1, -1) if share % B == 0), 1)
+    unit = cfg.batch_size * cfg.seq_len * world_size
+    require(look_only or cfg.total_batch_size % unit == 0,
+            f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len * {world_size} processes "
+            f"= {unit}: pass --total_batch_size {max(cfg.total_batch_size // unit, 1) * unit}")
     if not look_only:
         try:
             Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
@@ -552,14 +570,25 @@ def configure(flags):
 
 def set_up(cfg, checkpoint):
     """device, dtype and whether to compile, as asked for or as suits the machine; tokenizer and model, this on the CPU
-    in float32. Raises UserError."""
-    device = torch.device(cfg.device)
+    in float32. Under torchrun, the processes of all nodes find each other here. Raises UserError."""
+    local_rank = process()[1]
+    device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)          # one GPU for each process
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts us with the old store, full of dead addresses
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
+        dist.init_process_group(backend, timeout=patience, world_size=world_size, rank=rank, store=store)
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
     require(bf16 or dtype != "bfloat16", "this GPU has no bfloat16: pass --dtype float16")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
     compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
     torch.manual_seed(cfg.seed)
+    if local_rank > 0:
+        dist.barrier()                         # one process of each node goes first: what it downloads, the others find
     enc = get_tokenizer(cfg.tokenizer)
     padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
     if checkpoint:
@@ -571,26 +600,30 @@ def set_up(cfg, checkpoint):
         model = GPT.from_pretrained(cfg.init_from, padded)
         require(model.config.vocab_size == enc.n_vocab,
                 f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, which has other tokens")
+    if local_rank == 0 and dist.is_initialized():
+        dist.barrier()
     return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile, enc, model
 
 @torch.no_grad()
-def evaluate(model, raw_model, loader, cfg, enc, device, dtype):
+def evaluate(model, loader, cfg, enc, device, dtype):
     """Mean loss in nats per token over the first val_tokens of a loader's data, and a line that says it in three ways.
-
-    The same windows whatever the batch size: the last batch is as short as it must be, and goes through the plain
-    module, since the compiled one is made for full batches."""
+    The same windows whatever the batch size and the number of processes, which share them. The last batches are filled
+    up to the one shape that a compiled model is made for; what fills them is not counted."""
+    rank, _, world_size = process()
     bytes_of = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     bytes_of[enc.eot_token] = 0  # not text
-    windows = min(loader.total, max(cfg.val_tokens // loader.T, 1))
+    windows, B = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size
     nats = tokens = text_bytes = 0
-    for first in tqdm(range(0, windows, cfg.batch_size), "validation", leave=False, disable=None, delay=1):
-        x, y = loader.batch(first, min(cfg.batch_size, windows - first))
-        text_bytes += int(bytes_of[y.numpy()].sum())
-        forward = model if len(x) == cfg.batch_size else raw_model
+    passes = range(rank * B, windows + rank * B, world_size * B)
+    for first in tqdm(passes, "validation", leave=False, delay=1, disable=rank > 0 or None):
+        x, y = loader.batch(first, B)
+        y[max(windows - first, 0):] = -100  # what cross_entropy leaves out
         with autocast(device, dtype):
-            _, loss = forward(*send((x, y), device))
-        nats += loss.item() * y.numel()
-        tokens += y.numel()
+            _, loss = model(*send((x, y), device))
+        count = int((y >= 0).sum())
+        nats += loss.item() * count if count else 0.0
+        tokens, text_bytes = tokens + count, text_bytes + int(bytes_of[y[y >= 0]].sum())
+    nats, tokens, text_bytes = summed(nats, tokens, text_bytes, device=device)
     loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
@@ -601,7 +634,7 @@ def look(cfg, checkpoint):
     if cfg.eval_only:
         _, val_shards = open_data(cfg.data, enc)
         loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
-        return print(evaluate(model, model, loader, cfg, enc, device, dtype)[1])
+        return print(evaluate(model, loader, cfg, enc, device, dtype)[1])
     prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
     for i in range(cfg.num_samples):
         print("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
@@ -611,26 +644,31 @@ def look(cfg, checkpoint):
         print()
 
 # Training -------------------------------------------------------------------------------------------------------------
-def fit_batch_size(model, raw_model, cfg, device, dtype):
-    """Halve cfg.batch_size until one forward and backward pass fits into memory. The tokens a step stay the same."""
-    while True:
+def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
+    """One forward and backward pass before the run, and a second one that averages its gradients. With auto_batch, the
+    first halves cfg.batch_size until all processes have the memory; the tokens a step stay the same. The second shows
+    DDP in which order gradients come: it sums in that order from the next one on, and step 0 must not be another."""
+    passes = 2
+    while passes:
+        parallel_model.require_backward_grad_sync, too_large = passes == 1, False
         try:
-            moments = [torch.empty_like(p) for p in raw_model.parameters() for _ in range(2)]  # AdamW will want as much
+            moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # AdamW's
             idx = torch.zeros(cfg.batch_size, cfg.seq_len, dtype=torch.int64, device=device)
             with autocast(device, dtype):
                 _, loss = model(idx, idx)
             loss.backward()
-            return
         except RuntimeError as e:
-            if not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
+            if not auto_batch or not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
                 raise
-        finally:
-            moments = loss = None
-            raw_model.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        cfg.batch_size //= 2
-        print(f"out of memory: trying --batch_size {cfg.batch_size}")
+            too_large = True
+        moments = loss = None
+        parallel_model.zero_grad()
+        torch.cuda.empty_cache()
+        if summed(too_large, device=device)[0]:
+            cfg.batch_size //= 2
+            print(f"out of memory: trying --batch_size {cfg.batch_size}")
+        else:
+            passes -= 1
 
 def open_log(log_dir, step, resume):
     """log.txt, open for more rows `STEP STREAM VALUE`; those from step on go, they are about to come again. A fresh run
@@ -657,28 +695,29 @@ def check_finite(step, loss, norm, log_dir):
 def train(cfg, checkpoint, auto_batch):
     """Train as cfg says, from a checkpoint's state if there is one to resume."""
     resumed = checkpoint if cfg.init_from == "scratch" else None
-    log_dir = Path(cfg.log_dir)
+    (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
 
     # Model, data, optimiser
     device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
     raw_model.to(device)
     train_shards, val_shards = open_data(cfg.data, enc)
     T, V = cfg.seq_len, enc.n_vocab
-    train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", seed=cfg.seed)
+    train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", rank, world_size, cfg.seed)
     val_loader = DataLoaderLite(val_shards, 1, T, V, f"{cfg.data} (val)")
-    model = torch.compile(raw_model, dynamic=False) if compiles else raw_model  # one shape, one graph
+    # DDP: each process has all of the model; gradients are averaged during the backward pass.
+    parallel_model = nn.parallel.DistributedDataParallel(raw_model) if dist.is_initialized() else raw_model
+    model = torch.compile(parallel_model, dynamic=False) if compiles else parallel_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
-    no_shards = ", a text (shards would be found in edu_fineweb10B)" if Path(cfg.data).is_file() else ""
-    print(f"training {cfg.model} on {cfg.data}{no_shards}")
+    kind = "shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
+    print(f"training {cfg.model} on {cfg.data}, {kind}")
     print(f"{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
-          f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
-    if auto_batch:
-        fit_batch_size(model, raw_model, cfg, device, dtype)
+          f"{world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
+    rehearse(model, parallel_model, cfg, device, dtype, auto_batch)
     B = train_loader.B = cfg.batch_size
-    accumulate = cfg.total_batch_size // (B * T)
+    accumulate = cfg.total_batch_size // (B * T * world_size)
     tokens = train_loader.total * T
-    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {B} x {T} | {tokens:,} training "
+    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {world_size} x {B} x {T} | {tokens:,} training "
           f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
 
     # Where to begin
@@ -697,12 +736,14 @@ def train(cfg, checkpoint, auto_batch):
     del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
     position = train_loader.position
     x, y = send(train_loader.next_batch(), device)
-    log = open_log(log_dir, start, start > 0)
+    require(summed(start, device=device)[0] == start * world_size,
+            f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
+    log = open_log(log_dir, start, start > 0) if rank == 0 else open(os.devnull, "w")
 
-    stop = []                           # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
+    stop, stopping = [], False          # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
     def ask_to_stop(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        stop.append(signum)             # torchrun repeats what all have heard already, and kills them after 30 s
+        signal.signal(signum, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
     prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
@@ -713,18 +754,18 @@ def train(cfg, checkpoint, auto_batch):
         # Once in a while: how good is it? What does it say? Keep it.
         evaluating, sampling, saving = (every and (step % every == 0 or last_step)
                                         for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
-        if step > 0 and (stop or evaluating or sampling or saving):
+        if step > 0 and (stopping or evaluating or sampling or saving):
             with torch.no_grad(), autocast(device, dtype):
                 check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, log_dir)  # did the last step ruin it?
-        if evaluating and not stop:
-            val_loss, report = evaluate(model, raw_model, val_loader, cfg, enc, device, dtype)
+        if evaluating and not stopping:
+            val_loss, report = evaluate(model, val_loader, cfg, enc, device, dtype)
             print(f"step {step:5d} | {report}")
             log.write(f"{step} val {val_loss:.6f}\n")
-        if sampling and not stop and step > 0:
+        if sampling and not stopping and step > 0:
             with autocast(device, dtype):
                 text = "".join(stream_text(raw_model, enc, prompt, cfg, cfg.seed))
             print(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
-        if step > 0 and (stop or saving):
+        if step > 0 and (stopping or saving):
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_step = val_loss, step
             cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
@@ -732,18 +773,21 @@ def train(cfg, checkpoint, auto_batch):
                 "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
                 "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
-                "position": position, "model_config": dataclasses.asdict(raw_model.config),
+                "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
+                "model_config": dataclasses.asdict(raw_model.config),
                 "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}}
-            save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
-            kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
-            for s in list(kept)[:-cfg.keep]:
-                kept[s].unlink()
-        if stop or last_step:
+            if rank == 0:
+                save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
+                kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
+                for s in list(kept)[:-cfg.keep]:
+                    kept[s].unlink()
+        if stopping or last_step:
             break
 
         # One step: the gradient of the mean loss over total_batch_size tokens, gathered in several passes
         t0, loss_sum = time.perf_counter(), 0.0
-        for _ in range(accumulate):
+        for micro_step in range(accumulate):
+            parallel_model.require_backward_grad_sync = micro_step == accumulate - 1  # DDP: one average a step
             with autocast(device, dtype):
                 _, loss = model(x, y)
             loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
@@ -759,16 +803,18 @@ def train(cfg, checkpoint, auto_batch):
         scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loss, norm = loss_sum.item(), norm.item()    # waits for the GPU, and so the clock does, too
+        # All processes need the same answers. item() waits for the GPU, and so the clock does, too.
+        loss, stopping = summed(loss_sum.item() / world_size, len(stop), device=device)
+        norm = norm.item()
         dt = time.perf_counter() - t0
 
         check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
-        mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak:.1%}" if peak else ""
+        mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak / world_size:.1%}" if peak else ""
         print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
         log.write(f"{step} train {loss:.6f}\n")
 
-    if stop:
+    if stopping:
         return print(f"stopped after {step:,} steps: --resume goes on from there")
     here = "python train_gpt2.py" + ("" if cfg.log_dir == "log" else f" --log_dir {cfg.log_dir}")
     print(f"Done: the run is in {log_dir}. What next?\n  {here} --prompt Once    # try --temperature 0.5 and 1.2\n"
@@ -788,7 +834,10 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
     try:
         flags = vars(parser.parse_args())
+        if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and os.environ["GROUP_WORLD_SIZE"] == "1":
+            os.environ["TORCHELASTIC_RUN_ID"] = f"torchrun {os.getppid()}"  # the same after a restart, unlike "none"
         cfg, checkpoint = configure(flags)
+        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")  # rank 0 speaks for all
         if cfg.prompt is not None or cfg.eval_only:
             look(cfg, checkpoint)
         else:
@@ -805,6 +854,11 @@ def main():
         if not re.search(OUT_OF_MEMORY, str(e)):
             raise
         sys.exit("train_gpt2.py: out of memory: lower --batch_size (not --total_batch_size) or --seq_len")
+    finally:
+        if dist.is_initialized():
+            if sys.exc_info()[0]:             # the others may wait for us: a regular farewell would wait for them
+                dist.group.WORLD.abort()
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -93,6 +93,19 @@ def run(*flags, cwd, check=True, input=None, **env):
     return done
 
 
+def torchrun_command(n, *flags, options=("--standalone",), script=ROOT / "train_gpt2.py"):
+    return [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}", str(script),
+            *map(str, flags)]
+
+
+def torchrun(n, *flags, cwd, check=True, options=("--standalone",), script=ROOT / "train_gpt2.py", **env):
+    """The script as n processes under torchrun: a CompletedProcess with stdout and stderr as text."""
+    done = subprocess.run(torchrun_command(n, *flags, options=options, script=script), cwd=cwd,
+                          env=environment(**env), capture_output=True, encoding="utf-8", timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def run_here(monkeypatch, cwd, *flags):
     """The script in this process, which is quicker and lets a test look inside."""
     monkeypatch.chdir(cwd)

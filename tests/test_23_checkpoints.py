@@ -13,7 +13,7 @@ import torch
 
 import train_gpt2
 from common import TINY, command, environment, optimizer_steps, run, run_here, short_text
-from train_gpt2 import UserError, fit_batch_size, load_checkpoint, save_checkpoint
+from train_gpt2 import UserError, load_checkpoint, rehearse, save_checkpoint
 
 RUN = [*TINY, "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
 LONG = [*RUN, "--max_steps", "600", "--save_every", "20", "--eval_every", "30", "--keep", "99"]
@@ -341,7 +341,7 @@ class Greedy(torch.nn.Linear):
 
 def test_the_batch_is_halved_until_it_fits_and_the_tokens_a_step_stay():
     cfg, model = SimpleNamespace(batch_size=16, seq_len=8, total_batch_size=16 * 8), Greedy(2, 2)
-    fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)
+    rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)
     assert (cfg.batch_size, cfg.total_batch_size) == (2, 16 * 8)
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())  # nothing of the trial is left
 
@@ -349,10 +349,10 @@ def test_the_batch_is_halved_until_it_fits_and_the_tokens_a_step_stay():
 def test_other_errors_and_a_batch_that_cannot_be_halved_are_raised():
     cfg, model = SimpleNamespace(batch_size=12, seq_len=8, total_batch_size=12 * 8), Greedy(2, 2)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)  # 12, 6, 3
+        rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)  # 12, 6, 3
     model.forward = lambda x, y: (None, 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fit_batch_size(model, model, cfg, torch.device("cpu"), torch.float32)
+        rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)
 
 
 def test_out_of_memory_with_a_batch_size_that_was_asked_for_says_what_to_do(train, monkeypatch):
