@@ -18,7 +18,7 @@ Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, 
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
 """
 import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
-import signal, sys, time
+import signal, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from tqdm import tqdm
 
 class UserError(ValueError):
@@ -123,6 +124,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
+        self.checkpoint_activations = False                # True: keep the input of each block only, for backward()
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
         # Each block adds two terms to the residual stream, and their variances add up. So what writes to the stream is
@@ -147,7 +149,10 @@ class GPT(nn.Module):
         mask = None if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, pos, mask, None if caches is None else caches[i])
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint_activations(block, x, use_reentrant=False)
+            else:
+                x = block(x, pos, mask, None if caches is None else caches[i])
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -400,6 +405,20 @@ def autocast(device, dtype):
     """Matmuls in dtype; softmax, LayerNorm, the loss, and the weights themselves stay float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
+def parallelize(model, cfg, device):
+    """The model spread over the processes. ddp: each has all of it; gradients are averaged during the backward pass.
+    fsdp: each has a share of all parameters, gradients, moments; a block is gathered for its turn, then dropped."""
+    if not dist.is_initialized():
+        return model.to(device)
+    if cfg.parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(model.to(device))
+    from torch.distributed.fsdp import fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into our logits
+    mesh = dist.init_device_mesh(device.type, (process()[2],))
+    for module in [*model.transformer.h, model]:
+        fully_shard(module, mesh=mesh)
+    return model
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Write state to path. It is complete on disk beside path before it takes path's name."""
@@ -459,6 +478,8 @@ class TrainConfig:
     min_lr: float = flag(None, "last learning rate (a tenth of the highest; demo: 3e-5)", 0)
     weight_decay: float = flag(0.1, "pull of the matrices towards 0", 0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
+    parallel: str = flag("ddp", "each process has the whole model, or a share of it", choices=["ddp", "fsdp"])
+    checkpoint_activations: bool = flag(False, "less memory: the backward pass computes each block once more")
     seed: int = flag(1337, "seed of the initial weights, the order of the data and the samples", 0)
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
@@ -486,7 +507,7 @@ RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
 MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "sample_every", "save_every", "keep",
               "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
-NOT_SAVED = "device compile log_dir resume init_from prompt eval_only".split()
+NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only".split()
 OUT_OF_MEMORY = "out of memory|can't allocate memory"
 FORMAT = 2  # of the checkpoints: a plain dict of plain values and tensors
 
@@ -548,6 +569,7 @@ def configure(flags):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         require(least is None or least <= value < (2**63 if f.type is int else math.inf),
                 f"--{f.name} {value} is out of range: it must be {least} or more")
+    require(cfg.parallel == "ddp" or "RANK" in os.environ, "--parallel fsdp needs torchrun --nproc_per_node=N")
     require(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be above 0 and at most 1")
     require(cfg.seq_len <= cfg.block_size, f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
     require(cfg.warmup_steps <= cfg.max_steps, f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
@@ -694,18 +716,18 @@ def check_finite(step, loss, norm, log_dir):
 
 def train(cfg, checkpoint, auto_batch):
     """Train as cfg says, from a checkpoint's state if there is one to resume."""
+    import torch.distributed.checkpoint.state_dict as dcp
     resumed = checkpoint if cfg.init_from == "scratch" else None
     (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
 
     # Model, data, optimiser
     device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
-    raw_model.to(device)
+    raw_model.checkpoint_activations = cfg.checkpoint_activations
     train_shards, val_shards = open_data(cfg.data, enc)
     T, V = cfg.seq_len, enc.n_vocab
     train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", rank, world_size, cfg.seed)
     val_loader = DataLoaderLite(val_shards, 1, T, V, f"{cfg.data} (val)")
-    # DDP: each process has all of the model; gradients are averaged during the backward pass.
-    parallel_model = nn.parallel.DistributedDataParallel(raw_model) if dist.is_initialized() else raw_model
+    parallel_model = parallelize(raw_model, cfg, device)
     model = torch.compile(parallel_model, dynamic=False) if compiles else parallel_model  # one shape, one graph
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
@@ -713,7 +735,7 @@ def train(cfg, checkpoint, auto_batch):
     print(f"training {cfg.model} on {cfg.data}, {kind}")
     print(f"{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
           f"{world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
-    rehearse(model, parallel_model, cfg, device, dtype, auto_batch)
+    rehearse(model, parallel_model, cfg, device, dtype, auto_batch and cfg.parallel == "ddp")
     B = train_loader.B = cfg.batch_size
     accumulate = cfg.total_batch_size // (B * T * world_size)
     tokens = train_loader.total * T
@@ -721,10 +743,11 @@ def train(cfg, checkpoint, auto_batch):
           f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
 
     # Where to begin
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file under ddp and fsdp
     start, best_loss, best_step = 0, math.inf, -1
     if resumed:
         start, best_loss, best_step = resumed["step"], resumed["best_loss"], resumed["best_step"]
-        optimizer.load_state_dict(resumed["optimizer"])
+        dcp.set_optimizer_state_dict(raw_model, optimizer, resumed["optimizer"], options=whole)
         scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # empty unless it trained in float16
         train_loader.position = resumed["position"]
         torch.set_rng_state(resumed["rng"]["cpu"])
@@ -762,6 +785,8 @@ def train(cfg, checkpoint, auto_batch):
             print(f"step {step:5d} | {report}")
             log.write(f"{step} val {val_loss:.6f}\n")
         if sampling and not stopping and step > 0:
+            if cfg.parallel == "fsdp":
+                raw_model.unshard()     # generate() passes by the hook of the whole module, which would do it
             with autocast(device, dtype):
                 text = "".join(stream_text(raw_model, enc, prompt, cfg, cfg.seed))
             print(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
@@ -771,12 +796,14 @@ def train(cfg, checkpoint, auto_batch):
             cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
             state = {
                 "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
-                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": dcp.get_model_state_dict(raw_model, options=whole),
+                "optimizer": dcp.get_optimizer_state_dict(raw_model, optimizer, options=whole),
                 "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
                 "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
                 "model_config": dataclasses.asdict(raw_model.config),
                 "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}}
             if rank == 0:
+                state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one matrix, written once
                 save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
                 kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
                 for s in list(kept)[:-cfg.keep]:
@@ -826,10 +853,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
     for f in dataclasses.fields(TrainConfig):
-        help = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
         yes_or_no = dict(action=argparse.BooleanOptionalAction)
         kind = yes_or_no if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", help=help, **kind)
+        parser.add_argument(f"--{f.name}", **kind, help=f"{f.metadata['help']} ({f.default})".replace(" (None)", ""))
     parser.error = lambda message: require(False, f"{message} (--help lists all flags)")  # and not argparse's usage
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
     try:
@@ -858,6 +884,7 @@ def main():
         if dist.is_initialized():
             if sys.exc_info()[0]:             # the others may wait for us: a regular farewell would wait for them
                 dist.group.WORLD.abort()
+            time.sleep(0.1)                   # gloo's threads let go of the last tensors, for which they need Python
             dist.destroy_process_group()
 
 if __name__ == "__main__":
