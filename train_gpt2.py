@@ -423,11 +423,16 @@ def parallelize(model, cfg, device):
 def save_checkpoint(path, state):
     """Write state to path. It is complete on disk beside path before it takes path's name."""
     beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:  # torch.save() makes a RuntimeError out of a full disk
+        beside.unlink(missing_ok=True)
+        cause = e if isinstance(e, OSError) else e.__context__ or e
+        sys.exit(f"cannot write {path}: {cause}. Earlier checkpoints are whole: make room, then --resume")
 
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. Raises UserError if it is cut short or not ours."""
@@ -702,6 +707,8 @@ def open_log(log_dir, step, resume):
         for old in [*found.values(), path]:
             old.rename(aside / old.name)
         print(f"{log_dir} held an earlier run: it is in {aside} now")
+    for cut_short in log_dir.glob("model_*.tmp"):  # by a kill
+        cut_short.unlink()
     rows = path.read_text().splitlines(True) if path.exists() else []
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(r for r in rows if re.fullmatch(r"\d+ \w+ \S+\n", r) and int(r.split()[0]) < step))
@@ -873,9 +880,9 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:                   # as in `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as e:                      # the disk is full, or, as in `| head`, nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it leaves
+        sys.exit(1 if isinstance(e, BrokenPipeError) else f"train_gpt2.py: {e}. Checkpoints already written are whole")
     except RuntimeError as e:
         if not re.search(OUT_OF_MEMORY, str(e)):
             raise
