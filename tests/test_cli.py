@@ -105,8 +105,8 @@ surplus
 --init_from truncated.pt
 --init_from list.pt
 --init_from log/model_00002.pt --block_size 64
---init_from not_json
---init_from a_list
+--init_from not_json --tokenizer byte
+--init_from a_list --tokenizer byte
 --init_from no_shards --tokenizer byte
 --init_from gpt2 --n_layer 2
 """.splitlines()]
