@@ -12,7 +12,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
-laptop run ends at a val loss of about 1.32.
+laptop run ends at a val loss of 1.32 to 1.33.
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
