@@ -514,7 +514,7 @@ MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "s
               "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
 NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only".split()
 OUT_OF_MEMORY = "out of memory|can't allocate memory"
-FORMAT = 2  # of the checkpoints: a plain dict of plain values and tensors
+FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
 
 def configure(flags):
     """(cfg, checkpoint): the whole configuration from the flags given, and the state to begin from, or None. All that
