@@ -340,7 +340,7 @@ class DataLoaderLite:
         """n windows from a position on: x, y, each (n, T) int64."""
         windows = [self.window(*divmod(p, self.total)) for p in range(position, position + n)]
         buf = torch.from_numpy(np.stack(windows).astype(np.int64))
-        return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
+        return buf[:, :-1].clone(), buf[:, 1:].clone()  # of one row, views would be contiguous, and one memory
 
     def next_batch(self):
         """This rank's part of the next global batch: x, y, each (B, T) int64."""

@@ -51,3 +51,11 @@ def test_too_few_tokens_for_a_batch_is_an_error_and_just_enough_is_not():
     for n in (0, 1, 3 * T):
         with pytest.raises(UserError, match="too few"):
             loader_of(np.arange(n), 3, T)
+
+
+def test_what_is_written_into_y_does_not_change_x():
+    for B in (1, 2):
+        x, y = loader_of(range(100), B=B, T=8).next_batch()
+        expected = x.clone()
+        y[:] = -100  # as evaluate() does with what is not to be counted
+        assert torch.equal(x, expected)
