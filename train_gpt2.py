@@ -6,7 +6,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
     python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
     python train_gpt2.py --data my.txt              the same on your own text
-    python train_gpt2.py --data edu_fineweb10B      one GPU: GPT-2 124M on a folder of shards, 19,073 steps
+    python fineweb.py && python train_gpt2.py       one GPU: GPT-2 124M on the 10 B tokens of FineWeb-Edu, 19,073 steps
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte

@@ -1,0 +1,429 @@
+"""Text into shards: the tokens of every document, whatever is in it; and nothing is lost or done twice after a kill."""
+import gzip
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import fineweb
+from common import ROOT, environment, run
+from train_gpt2 import DataLoaderLite, UserError, get_tokenizer, open_data
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+DOCUMENTS = ["Once upon a time.", "", None, "a<|endoftext|>b", "你好，世界。这是第一行\n第二行", "नमस्ते 🙂\r\n\tx", "  lead",
+             "it's we'll I'VE", "\n\n\n", "x" * 1000, "many words " * 400, "\x00\x1c\xa0\u3000 end ", "7" * 50, "last"]
+LONELY = ["a\ud800b", "\udc00", "pair \ud83d\ude00 and half \ud83d."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enc():
+    try:
+        return get_tokenizer("gpt2")
+    except UserError as e:
+        pytest.skip(str(e))
+
+
+def expected(enc, documents):
+    """The slow, plain way."""
+    tokens = []
+    for document in documents:
+        tokens += [enc.eot_token] + enc.encode_ordinary(document or "")
+    return np.array(tokens, dtype=np.uint16)
+
+
+def write(path, documents):
+    """A file of documents, of the kind that its name says."""
+    if path.suffix == ".parquet":
+        table = pyarrow.table({"id": range(len(documents)), "text": documents})
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+        return path
+    text = documents[0] if ".txt" in path.name else "".join(json.dumps({"n": 1, "text": d}) + "\n" for d in documents)
+    data = text.encode()
+    packed = {".gz": gzip.compress, ".zst": lambda b: pyarrow.compress(b, codec="zstd", asbytes=True)}
+    path.write_bytes(packed.get(path.suffix, bytes)(data))
+    return path
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "fineweb.py"), "--num_proc", "2", *map(str, flags)]
+
+
+def make(*flags, cwd, code=0, **env):
+    """The script as a process of its own. What it cannot do, it says in one line."""
+    done = subprocess.run(command(*flags), cwd=cwd, env=environment(**env), capture_output=True, encoding="utf-8",
+                          timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def make_here(monkeypatch, cwd, *flags):
+    """The script in this process, with its workers outside it; returns its exit code."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", command(*flags)[1:])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        fineweb.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def shards(folder):
+    return sorted(folder.glob("*_val_*.npy")) + sorted(folder.glob("*_train_*.npy"))
+
+
+def tokens_in(folder):
+    return np.concatenate([np.load(path) for path in shards(folder)])
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# The right tokens -----------------------------------------------------------------------------------------------------
+
+def test_shards_hold_the_tokens_of_every_document_in_order(enc, tmp_path):
+    kinds = ["a.parquet", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.json"]
+    for name in kinds:
+        write(tmp_path / name, DOCUMENTS + (LONELY if "json" in name else []))
+    for i, name in enumerate(["f.txt", "g.txt.gz", "h.txt.zst"]):
+        write(tmp_path / name, [DOCUMENTS[4 + i]])
+    (tmp_path / "i.txt").write_bytes(b"")
+    documents = DOCUMENTS + 4 * (DOCUMENTS + LONELY) + [DOCUMENTS[4], "नमस्ते 🙂\n\tx", "  lead", ""]  # as Python reads
+    done = make("--files", "*", "--out_dir", "out", "--shard_size", "1e3", cwd=tmp_path)
+    tokens, paths = expected(enc, documents), shards(tmp_path / "out")
+    assert len(tokens) % 1000 and len(tokens) > 5000
+    assert np.array_equal(tokens_in(tmp_path / "out"), tokens)
+    assert [path.name for path in paths] == ["edufineweb_val_000000.npy"] + [
+        f"edufineweb_train_{i:06d}.npy" for i in range(1, len(tokens) // 1000 + 1)]
+    assert [len(np.load(path)) for path in paths] == [1000] * (len(tokens) // 1000) + [len(tokens) % 1000]
+    for i in (0, -1):                                                # a full one and the short one are as numpy writes
+        np.save(tmp_path / "numpy.npy", tokens[:1000] if i == 0 else tokens[-(len(tokens) % 1000):])
+        assert paths[i].read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert f"{len(tokens):,} tokens" in done.stdout
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".npy", ".json"}
+
+
+def test_the_training_script_reads_the_shards(enc, tmp_path):
+    write(tmp_path / "a.jsonl", ["word " * 100] * 40)
+    make("--files", "a.jsonl", "--out_dir", "out", "--shard_size", "1000", cwd=tmp_path)
+    train, val = open_data(tmp_path / "out", enc)
+    assert (len(train), len(val)) == (4, 1)
+    x, _ = DataLoaderLite(val, 1, 32, enc.n_vocab).next_batch()
+    assert x[0].tolist() == expected(enc, ["word " * 100])[:32].tolist()
+    run("--data", "out", "--model", "gpt2", "--n_layer", "1", "--n_head", "1", "--n_embd", "4", "--block_size", "16",
+        "--max_steps", "1", "--total_batch_size", "64", "--sample_every", "0", "--device", "cpu", cwd=tmp_path)
+
+
+TEXTS = ["it's  we'll\n\n I'VE  \r\n x" * 9, "no_space_at_all" * 9, "你好，世界。\n" * 20, " \n" * 50, "a \xa0 b\u3000 c\x1c d" * 9,
+         " ".join("word" * (i % 7) for i in range(200)), "1 22 333 4444!? ...  'tis\t\t x" * 9, "", " ", "\na"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+def test_a_long_text_in_pieces_has_the_same_tokens(enc, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(fineweb, "CHUNK", size)
+    for text in TEXTS:
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        chunks = [chunk[:-1] for chunk in fineweb.read_files([tmp_path / "a.txt"], "text", 0)]
+        tokens = np.concatenate([fineweb.tokenize("text", *chunk)[0] for chunk in chunks])
+        text = text.replace("\r\n", "\n")
+        assert np.array_equal(tokens, expected(enc, [text])), text
+        assert "".join(chunk[0][0] for chunk in chunks) == text
+    if size < 50:
+        assert len(list(fineweb.read_files([write(tmp_path / "b.txt", [TEXTS[5]])], "text", 0))) > 10
+
+
+def test_reading_from_the_nth_record_on_is_what_comes_after_n(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK", 60)
+    paths = [write(tmp_path / name, [f"{name} {i} " + "x y " * i for i in range(10)])
+             for name in ("a.parquet", "b.jsonl", "c.parquet", "d.txt", "e.jsonl.gz")]
+
+    def records(skip):
+        return [(str(r), f"{where} {number + i if where[-4:] != '.txt' else ''}", begins)
+                for chunk, where, number, begins, _ in fineweb.read_files(paths, "text", skip)
+                for i, r in enumerate(chunk if isinstance(chunk, list) else chunk.to_pylist())]
+
+    everything = records(0)
+    assert len(everything) >= 41 and f"{paths[2]}, row 10" in [where for _, where, _ in everything]
+    for skip in range(len(everything) + 2):
+        assert records(skip) == everything[skip:]
+
+
+def test_a_large_document_between_small_ones(enc, tmp_path):
+    documents = ["small"] + ["".join(f"word{i} " for i in range(200_000))] + ["small"]
+    write(tmp_path / "a.parquet", documents)
+    write(tmp_path / "b.jsonl", documents)
+    make("--files", "a.parquet", "b.jsonl", "--out_dir", "out", "--shard_size", "1e5", cwd=tmp_path)
+    assert np.array_equal(tokens_in(tmp_path / "out"), expected(enc, 2 * documents))
+
+
+def test_max_tokens_is_exact(enc, tmp_path):
+    write(tmp_path / "a.jsonl", DOCUMENTS)
+    for n in (999, 1000, 1001):
+        make("--files", "a.jsonl", "--out_dir", n, "--shard_size", "500", "--max_tokens", n, cwd=tmp_path)
+        assert np.array_equal(tokens_in(tmp_path / str(n)), expected(enc, DOCUMENTS)[:n])
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"]])
+def test_a_data_set_comes_through_the_datasets_library(enc, tmp_path, flags):
+    (tmp_path / "mine").mkdir()
+    documents = [f"{i} {DOCUMENTS[i % len(DOCUMENTS)]}" for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.table({"body": documents, "n": range(500)}), tmp_path / "mine" / "a.parquet",
+                                row_group_size=100)
+    flags = ["--dataset", "mine", "--text_key", "body", "--out_dir", "out", "--shard_size", "10000", *flags]
+    env = dict(HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
+    make(*flags, cwd=tmp_path, **env)
+    assert np.array_equal(tokens_in(tmp_path / "out"), expected(enc, documents))
+    before = files(tmp_path / "out")
+    shards(tmp_path / "out")[3].unlink()                             # goes on in the middle
+    assert "going on after 3 shards" in make(*flags, cwd=tmp_path, **env).stdout
+    assert files(tmp_path / "out") == before
+    done = make(*flags, "--text_key", "text", "--out_dir", "other", cwd=tmp_path, code=2, **env)
+    assert "body" in done.stderr
+
+
+# Never lost -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with files of some size, and the shards that a run makes of them if nothing disturbs it."""
+    here = tmp_path_factory.mktemp("here")
+    words = "".join(f"word{i * 7919 % 10_007} " for i in range(2000))
+    write(here / "a.parquet", [words[i % 500:] for i in range(100)])
+    write(here / "b.jsonl.gz", [words[i % 300:] for i in range(100)])
+    (here / "c.txt").write_bytes((ROOT / "input.txt").read_bytes() * 3)
+    make(*FILES, "--out_dir", "whole", cwd=here)
+    return here
+
+
+FILES = ["--files", "[abc].*", "--shard_size", "1e5"]
+
+
+def start(here, out_dir, **kwargs):
+    return subprocess.Popen(command(*FILES, "--out_dir", out_dir), cwd=here, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=os.name != "nt")
+
+
+def wait_for_shards(process, folder, n):
+    while process.poll() is None and len(shards(folder)) < n:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+@posix
+@pytest.mark.parametrize("n", [0, 1, 7, 13])
+def test_killed_and_run_again_it_ends_with_the_same_bytes_and_no_worker_stays_behind(here, n):
+    folder = here / f"killed_{n}"
+    process = start(here, folder.name)
+    wait_for_shards(process, folder, n)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in shards(folder)}
+    for _ in range(100):                                             # the workers notice, and end by themselves
+        if not alive(process.pid):
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("workers stayed behind")
+    done = make(*FILES, "--out_dir", folder.name, cwd=here)
+    found = re.search(r"going on after (\d+) shards", done.stdout)
+    kept = int(found.group(1)) if found else 0
+    assert kept >= n - 1 and kept >= len(before) - 1                 # the last one may not have been in the manifest
+    assert [p for p in before if p.stat().st_mtime_ns == before[p]][:kept] == shards(folder)[:kept]  # not made again
+    assert files(folder) == files(here / "whole")
+
+
+@posix
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_all_at_once_and_the_same_command_goes_on(here, signum):
+    folder = here / f"stopped_{signum}"
+    process = start(here, folder.name)
+    wait_for_shards(process, folder, 2)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)                               # as the terminal does
+    else:
+        process.send_signal(signum)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0 and "stopped" in out and "Traceback" not in err, err
+    for _ in range(20):
+        if not alive(process.pid):
+            break
+        time.sleep(0.1)
+    assert not alive(process.pid)
+    make(*FILES, "--out_dir", folder.name, cwd=here)
+    assert files(folder) == files(here / "whole")
+
+
+@posix
+def test_a_worker_that_dies_is_said_and_the_same_command_goes_on(here):
+    process = start(here, "worker_died")
+    wait_for_shards(process, here / "worker_died", 1)
+    worker = int(subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True,
+                                text=True).stdout.split()[0])
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and err.count("\n") == 1 and "--num_proc" in err
+    make(*FILES, "--out_dir", "worker_died", cwd=here)
+    assert files(here / "worker_died") == files(here / "whole")
+
+
+def test_a_complete_folder_is_left_as_it_is(here):
+    before = {path: path.stat().st_mtime_ns for path in shards(here / "whole")}
+    assert "complete" in make(*FILES, "--out_dir", "whole", cwd=here).stdout
+    assert before == {path: path.stat().st_mtime_ns for path in shards(here / "whole")}
+
+
+@pytest.mark.parametrize("flags, difference", [
+    (["--shard_size", "1e6"], "shard_size was 100000, is 1000000"), (["--max_tokens", "5"], "max_tokens was None, is 5"),
+    (["--files", "a.parquet"], "b.jsonl.gz"), (["--text_key", "body"], "text_key was text, is body")])
+def test_other_arguments_in_the_same_folder_are_refused_with_the_difference(here, flags, difference):
+    before = files(here / "whole")
+    assert difference in make(*FILES, *flags, "--out_dir", "whole", cwd=here, code=2).stderr
+    assert files(here / "whole") == before
+
+
+def test_shards_of_another_origin_are_not_written_over(here):
+    (here / "foreign").mkdir()
+    (here / "foreign" / "edufineweb_val_000000.npy").write_bytes(b"mine")
+    assert "--out_dir" in make(*FILES, "--out_dir", "foreign", cwd=here, code=2).stderr
+    assert (here / "foreign" / "edufineweb_val_000000.npy").read_bytes() == b"mine"
+
+
+def test_verify_finds_one_flipped_bit_and_the_same_command_mends_it(here):
+    folder = shutil.copytree(here / "whole", here / "flipped")
+    assert "all as written" in make("--verify", "--out_dir", "flipped", cwd=here).stdout
+    bad = shards(folder)[2]
+    data = bytearray(bad.read_bytes())
+    data[5000] ^= 1
+    bad.write_bytes(data)
+    assert bad.name in make("--verify", "--out_dir", "flipped", cwd=here, code=1).stderr
+    bad.unlink()
+    make("--verify", "--out_dir", "flipped", cwd=here, code=1)
+    make(*FILES, "--out_dir", "flipped", cwd=here)
+    assert files(folder) == files(here / "whole")
+    make("--verify", "--out_dir", "nowhere", cwd=here, code=2)
+
+
+def test_a_disk_that_is_too_small_is_said_at_the_start(here, monkeypatch, capsys):
+    need = sum(len(np.load(path)) for path in shards(here / "whole")) * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, need // 3))
+    assert make_here(monkeypatch, here, *FILES, "--out_dir", "too_small") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(r"about 0\.0\d GB more, the disk has 0\.00 GB", err)
+
+
+@posix
+def test_a_disk_that_fills_up_keeps_complete_shards(here):
+    code = ("import resource, sys; sys.path.insert(0, %r); import fineweb\n"
+            "if __name__ == '__main__':\n"
+            "    finish, n = fineweb.finish, []\n"
+            "    def full(*args):\n"
+            "        n.append(finish(*args))\n"
+            "        if len(n) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))\n"
+            "    fineweb.finish = full\n"
+            "    fineweb.main()\n" % str(ROOT))
+    (here / "full.py").write_text(code)
+    done = subprocess.run([sys.executable, "full.py", "--num_proc", "1", *FILES, "--out_dir", "full"], cwd=here,
+                          env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+    assert len(shards(here / "full")) == 3
+    make(*FILES, "--out_dir", "full", cwd=here)
+    assert files(here / "full") == files(here / "whole")
+
+
+# What cannot be -------------------------------------------------------------------------------------------------------
+
+BROKEN = {"not json": ("a.jsonl", b'{"text": "a"}\n\n{"text": oops}\n', "a.jsonl, line 3 is not JSON"),
+          "no key": ("a.jsonl", b'{"body": "a"}\n', "line 1 has no 'text': --text_key can be body"),
+          "a list": ("a.jsonl", b'["text"]\n', "line 1 has no 'text'"),
+          "a number": ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2: 'text' is no text but int"),
+          "not utf-8": ("a.txt", b"caf\xe9", "a.txt"), "not utf-8 json": ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1"),
+          "cut short": ("a.jsonl.gz", gzip.compress(os.urandom(9999))[:-50], "a.jsonl.gz"),
+          "no gzip": ("a.txt.gz", b"plain", "a.txt.gz"), "no parquet": ("a.parquet", b"PAR1", "a.parquet"),
+          "unknown": ("a.csv", b"text\na\n", "a.csv is neither")}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_file_is_one_line_that_names_the_place(tmp_path, monkeypatch, capsys, how):
+    name, data, message = BROKEN[how]
+    (tmp_path / name).write_bytes(data)
+    assert make_here(monkeypatch, tmp_path, "--files", "a.*", "--out_dir", "out") == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--files", "nothing*"], "no such file"), (["--shard_size", "0"], "shard_size"), (["--num_proc", "x"], "num_proc"),
+    (["--fils", "a"], "--fils"), (["--files", "a.parquet", "--out_dir", "a.parquet"], "--out_dir"),
+    (["--files", "a.parquet", "--text_key", "body"], "--text_key can be id, text")])
+def test_what_cannot_be_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, flags, message):
+    write(tmp_path / "a.parquet", ["x"])
+    assert make_here(monkeypatch, tmp_path, *flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+
+
+def test_all_text_in_the_validation_split_is_said(tmp_path):
+    write(tmp_path / "a.txt", ["short"])
+    assert "lower --shard_size" in make("--files", "a.txt", cwd=tmp_path).stdout
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+def test_without_a_network_it_points_to_local_files(tmp_path):
+    done = make("--dataset", "a/b", "--out_dir", "out", cwd=tmp_path, code=2, HF_HOME=str(tmp_path / "hf"),
+                HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert "--files" in done.stderr
+    assert not (tmp_path / "out").exists()                           # an empty folder would look like data
+
+
+def test_too_many_requests_are_retried_then_said(tmp_path):
+    asked = 0
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            nonlocal asked
+            asked += 1
+            self.send_response(429)
+            self.end_headers()
+        do_HEAD = do_GET
+        def log_message(self, *args):
+            pass
+
+    patient = tmp_path / "patient.py"                                # as it is, but waiting takes no time
+    patient.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+                       "time.sleep = lambda seconds: print('waited', seconds)\n"
+                       "if __name__ == '__main__': fineweb.main()\n")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = environment(HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        done = subprocess.run([sys.executable, str(patient), "--dataset", "a/b"], cwd=tmp_path, capture_output=True,
+                              env={k: v for k, v in env.items() if k != "HF_HUB_OFFLINE"}, text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "429" in done.stderr and "--files" in done.stderr.splitlines()[-1]
+    waited = [float(s) for s in re.findall(r"waited (\S+)", done.stdout)]
+    assert len(waited) >= 3 and waited == sorted(waited) and waited[0] < waited[-1] and asked >= len(waited)
