@@ -190,15 +190,16 @@ def tokenize(key, records, where, number, begins):
     """The tokens of a chunk, (n,) uint16, and where in them each record ends, (len(records),) int64. A document begins
     with <|endoftext|>; in its text, that is text like any other. Raises UserError."""
     enc = tiktoken.get_encoding("gpt2")  # kept by tiktoken after the first time
-    eot, rows = np.array([enc.eot_token] * begins, dtype=np.uint32), []
+    eot, rows, ends = np.array([enc.eot_token] * begins, dtype=np.uint32), [np.zeros(0, np.uint32)], []
     for n, record in enumerate(records if isinstance(records, list) else records.to_pylist(), number):
         text = text_of(record, key, f"{where} {n}")
-        try:                             # as encode_ordinary() does it, but without a Python integer for each token
-            tokens = enc.encode_to_numpy(text or "", disallowed_special=())
-        except UnicodeEncodeError:       # a lone surrogate: that one knows what to do
-            tokens = np.array(enc.encode_ordinary(text), dtype=np.uint32)
-        rows += [np.concatenate((eot, tokens)).astype(np.uint16) if text is not None else eot[:0].astype(np.uint16)]
-    return np.concatenate(rows), np.cumsum([len(row) for row in rows])
+        if text is not None:
+            try:                         # as encode_ordinary() does it, but without a Python integer for each token
+                rows += [eot, enc.encode_to_numpy(text, disallowed_special=())]
+            except UnicodeEncodeError:   # a lone surrogate: that one knows what to do
+                rows += [eot, np.array(enc.encode_ordinary(text), dtype=np.uint32)]
+        ends.append(sum(map(len, rows[-2:])) if text is not None else 0)
+    return np.concatenate(rows).astype(np.uint16), np.cumsum(ends)
 
 def tokenized(pool, key, chunks, ahead):
     """For each chunk, in order, how far the reading is with it, its tokens and the ends of its records. So many chunks
