@@ -179,8 +179,7 @@ class GPT(nn.Module):
             raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
         odd = [key for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner",
                                "tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-               if getattr(c, key, None) != getattr(GPT2Config(), key)]
-        odd += info["missing_keys"]
+               if getattr(c, key, None) != getattr(GPT2Config(), key)] + [*info["missing_keys"]]
         require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
         theirs = theirs.state_dict()
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
@@ -380,8 +379,7 @@ PEAK_TFLOPS = {
 
 def peak_flops(device):
     """FLOP/s the device can do at best, or None where this file does not know."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    name = re.sub("NVIDIA |GeForce |Tesla ", "", name)
+    name = re.sub("NVIDIA |GeForce |Tesla ", "", torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     tflops = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(re.split("[- ]", name)[0])  # "H100 80GB HBM3" is an H100
     return tflops * 1e12 if tflops and "MIG" not in name else None                # MIG: a slice of a GPU
 
@@ -446,8 +444,7 @@ def load_checkpoint(path):
 
 def checkpoints(log_dir):
     """Paths of the checkpoints in log_dir by step, oldest first."""
-    found = {int(p.stem[6:]): p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()}
-    return dict(sorted(found.items()))
+    return dict(sorted((int(p.stem[6:]), p) for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()))
 
 def newest_checkpoint(log_dir):
     """The newest checkpoint that can be read, or None if there is none yet. Raises UserError if all are broken."""
@@ -639,8 +636,7 @@ def evaluate(model, loader, cfg, enc, device, dtype):
     rank, _, world_size = process()
     bytes_of = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     bytes_of[enc.eot_token] = 0  # not text
-    windows, B = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size
-    nats = tokens = text_bytes = 0
+    windows, B, sums = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size, np.zeros(3)
     passes = range(rank * B, windows + rank * B, world_size * B)
     for first in tqdm(passes, "validation", leave=False, delay=1, disable=rank > 0 or None):
         x, y = loader.batch(first, B)
@@ -648,9 +644,8 @@ def evaluate(model, loader, cfg, enc, device, dtype):
         with autocast(device, dtype):
             _, loss = model(*send((x, y), device))
         count = int((y >= 0).sum())
-        nats += loss.item() * count if count else 0.0
-        tokens, text_bytes = tokens + count, text_bytes + int(bytes_of[y[y >= 0]].sum())
-    nats, tokens, text_bytes = summed(nats, tokens, text_bytes, device=device)
+        sums += [loss.item() * count if count else 0.0, count, bytes_of[y[y >= 0]].sum()]
+    nats, tokens, text_bytes = summed(*sums.tolist(), device=device)
     loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
@@ -850,9 +845,8 @@ def train(cfg, checkpoint, auto_batch):
 
     if stopping:
         return print(f"stopped after {step:,} steps: --resume goes on from there")
-    here = "python train_gpt2.py" + ("" if cfg.log_dir == "log" else f" --log_dir {cfg.log_dir}")
-    print(f"Done: the run is in {log_dir}. What next?\n  {here} --prompt Once    # try --temperature 0.5 and 1.2\n"
-          f"  {here} --resume --max_steps {2 * cfg.max_steps}    # train longer")
+    print(f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --log_dir {log_dir} --prompt Once\n"
+          f"  python train_gpt2.py --log_dir {log_dir} --resume --max_steps {2 * cfg.max_steps}    # train longer")
 
 # Command line ---------------------------------------------------------------------------------------------------------
 def main():
