@@ -140,13 +140,13 @@ class GPT(nn.Module):
         rows, columns = self.lm_head.weight.size()
         return sum(p.numel() for p in self.parameters()) - (rows - self.config.vocab_size) * columns
 
-    def trunk(self, idx, pos=None, caches=None):
+    def trunk(self, idx, pos=None, caches=None, mask=None):
         """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
-        tokens at the positions pos (B, T). Raises UserError if the sequence is longer than block_size."""
-        T = idx.size(1)
-        require(T <= self.config.block_size, f"T={T} is longer than block_size={self.config.block_size}: pass less")
+        tokens at pos (B, T). With pos and mask (B, 1, T, T), T may be above block_size; else that raises UserError."""
+        T, S = idx.size(1), self.config.block_size
+        require(T <= S or mask is not None, f"T={T} is longer than block_size={S}: pass less")
         pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
-        mask = None if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
+        mask = mask if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -488,6 +488,7 @@ class TrainConfig:
     compile: bool = flag(None, "torch.compile the model for training")
     eval_every: int = flag(250, "steps between validation losses; 0: never", 0)
     val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
+    hellaswag_every: int = flag(None, "steps between HellaSwag scores (shards: 250, else never)", 0)
     sample_every: int = flag(500, "steps between samples; 0: never", 0)
     save_every: int = flag(None, "steps between checkpoints; 0: never", 0)
     keep: int = flag(2, "checkpoints to keep: the newest so many, and the best", 1)
@@ -507,8 +508,8 @@ RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3
            "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
            "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
-MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "sample_every", "save_every", "keep",
-              "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
+MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "hellaswag_every", "sample_every",
+              "save_every", "keep", "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
 NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only".split()
 OUT_OF_MEMORY = "out of memory|can't allocate memory"
 FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
@@ -562,7 +563,7 @@ def configure(flags):
         default(batch_size=4)                                 # GPT-2 at B=64 wants 80 GB
     unasked = {key for key, value in vars(cfg).items() if value is None}
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
-    default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10)
+    default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10, hellaswag_every=250 if Path(cfg.data).is_dir() else 0)
     default(total_batch_size=cfg.batch_size * cfg.seq_len)
     if "warmup_steps" in unasked:
         cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
@@ -771,21 +772,28 @@ def train(cfg, checkpoint, auto_batch):
         signal.signal(signum, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
+    if cfg.hellaswag_every:
+        import hellaswag
+        items = hellaswag.load_items_or_say(enc, device)
     prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     for step in range(start, cfg.max_steps + 1):
         last_step, val_loss = step == cfg.max_steps, None
 
         # Once in a while: how good is it? What does it say? Keep it.
-        evaluating, sampling, saving = (every and (step % every == 0 or last_step)
-                                        for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
-        if step > 0 and (stopping or evaluating or sampling or saving):
+        evaluating, scoring, sampling, saving = (every and (step % every == 0 or last_step) for every in (
+            cfg.eval_every, cfg.hellaswag_every, cfg.sample_every, cfg.save_every))
+        if step > 0 and (stopping or evaluating or scoring or sampling or saving):
             with torch.no_grad(), autocast(device, dtype):
                 check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, log_dir)  # did the last step ruin it?
         if evaluating and not stopping:
             val_loss, report = evaluate(model, val_loader, cfg, enc, device, dtype)
             print(f"step {step:5d} | {report}")
             log.write(f"{step} val {val_loss:.6f}\n")
+        if scoring and not stopping and items:
+            acc, acc_norm = hellaswag.accuracies(raw_model, items, device, dtype)
+            print(f"step {step:5d} | HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
+            log.write(f"{step} hella {acc_norm:.4f}\n")
         if sampling and not stopping and step > 0:
             if cfg.parallel == "fsdp":
                 raw_model.unshard()     # generate() passes by the hook of the whole module, which would do it
