@@ -18,9 +18,10 @@ FineWeb-Edu: Penedo et al. 2024 (arXiv:2406.17557), huggingface.co/datasets/Hugg
 """
 import argparse, collections, contextlib, glob, hashlib, io, itertools, json, multiprocessing
 import os, re, shutil, signal, sys, threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -36,11 +37,20 @@ def require(condition, message):
         raise UserError(message)
 
 # Reading --------------------------------------------------------------------------------------------------------------
-# One process reads for all, so it does as little as it can: it hands on the rows of parquet, the lines of JSON and the
-# pieces of .txt as they are. Readers yield chunks of them, (records, where, number, begins, done): `where` and `number`
-# name the first record in a message; with `begins`, each record is a document, else it is a further piece of one; done
-# says how far the reading is, in bytes of the file, or in documents of the Hub.
-CHUNK = 1_000_000                   # bytes of text, about: some 80 ms of work
+# One process reads for all, so it does as little as it can: it hands on rows of parquet, lines of JSON and pieces of
+# .txt as they are, in chunks.
+CHUNK = 1_000_000          # bytes of text, about: some 80 ms of work for one process
+
+class Chunk(NamedTuple):
+    """What one process tokenizes at a time."""
+    records: list          # rows (an Arrow array), lines of JSON (bytes), or one piece of a .txt (str)
+    where: str             # what a message calls the first of them: this, and its number
+    number: int
+    begins: bool           # each record is a document; False: a further piece of the one before
+    done: int              # how far the reading is: bytes of all files, or documents of the Hub
+
+# Between anything and the space or line's end after it, one of GPT-2's words ends: a word may begin with a space, but
+# it has none inside. This finds the last such place.
 CUT = re.compile(r"(?s).*\S(?=[ \n])")
 
 @contextlib.contextmanager
@@ -53,34 +63,50 @@ def unpacked(path):
         else:
             yield raw, raw.tell
 
+def arrow_chunks(arrays, where):
+    """Join short Arrow arrays to arrays of about CHUNK bytes. Raises UserError if they are not text."""
+    import pyarrow
+    waiting, size = [], 0
+    for array in arrays:
+        require(re.fullmatch(r"null|(large_)?string(_view)?|dictionary<values=(large_)?string,.*", str(array.type)),
+                f"{where}: it is no text, but of type {array.type}: see --text_key")
+        array = array.cast(pyarrow.large_string())   # a copy of these rows alone, whatever they were a part of
+        array.validate(full=True)                    # is it UTF-8?
+        waiting, size = waiting + [array], size + array.nbytes
+        if size >= CHUNK:
+            yield pyarrow.concat_arrays(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pyarrow.concat_arrays(waiting)
+
 def read_parquet(path, key):
     import pyarrow.parquet
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         names, total, row = file.schema_arrow.names, file.metadata.num_rows, 0
         require(key in names, f"{path} has no column '{key}': --text_key can be {', '.join(names)}")
-        rows = 1 + min(total * CHUNK // (text_bytes([path], key) + 1), 1000)
-        for batch in file.iter_batches(rows, columns=[key]):
-            yield batch.column(0), f"{path}, row", row + 1, True, path.stat().st_size * (row + len(batch)) // total
-            row += len(batch)
+        for rows in arrow_chunks((batch.column(0) for batch in file.iter_batches(16, columns=[key])), f"{path}, {key}"):
+            done = path.stat().st_size * (row + len(rows)) // total
+            yield Chunk(rows, f"{path}, row", row + 1, True, done)
+            row += len(rows)
 
 def read_json_lines(path, key):
     with unpacked(path) as (file, read_so_far):
         number = 1
         while lines := file.readlines(CHUNK):
-            yield lines, f"{path}, line", number, True, read_so_far()
+            yield Chunk(lines, f"{path}, line", number, True, read_so_far())
             number += len(lines)
 
 def read_txt(path, key):
-    """A long text is cut where a word of GPT-2's ends anyway, so that its tokens stay the same and many processes share
-    the work: a word may begin with a space, but in none does a space or a line's end come after something else."""
+    """One document. A long one is cut where a word ends anyway: the tokens stay the same, and many processes share the
+    work. Lines end with \\n, as whenever Python reads text."""
     with unpacked(path) as (file, read_so_far):
         text, rest, begins = io.TextIOWrapper(file, encoding="utf-8"), "", True
         while block := text.read(CHUNK):
             rest += block
-            if cut := CUT.match(rest, max(len(rest) - len(block) - 1, 0)):  # the last place: none is left before it
-                yield [rest[:cut.end()]], str(path), 1, begins, read_so_far()
+            if cut := CUT.match(rest, max(len(rest) - len(block) - 1, 0)):  # only the new block can have such a place
+                yield Chunk([rest[:cut.end()]], str(path), 1, begins, read_so_far())
                 rest, begins = rest[cut.end():], False
-        yield [rest], str(path), 1, begins, read_so_far()
+        yield Chunk([rest], str(path), 1, begins, read_so_far())
 
 READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".json": read_json_lines, ".txt": read_txt}
 
@@ -91,7 +117,7 @@ def reading(path):
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds, and so is that of text not in UTF-8
+    except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's are of these kinds, and so is a wrong encoding
         raise UserError(f"cannot read {path}: {reason(e)}. Is it cut short, or of another kind?") from None
 
 def read_files(files, key, skip):
@@ -99,27 +125,32 @@ def read_files(files, key, skip):
     before = 0
     for path in files:
         with reading(path):
-            for records, where, number, begins, done in READERS[kind(path)](path, key):
-                if skip < len(records):
-                    yield records[skip:], where, number + skip, begins, before + done
-                skip = max(skip - len(records), 0)
+            for chunk in READERS[kind(path)](path, key):
+                if skip < len(chunk.records):
+                    yield chunk._replace(records=chunk.records[skip:], number=chunk.number + skip,
+                                         done=before + chunk.done)
+                skip = max(skip - len(chunk.records), 0)
         before += path.stat().st_size
 
 def kind(path):
     """The suffix that says what is in a file: .txt for a.txt.gz."""
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    return (Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix).lower()
 
-def find_files(patterns):
-    """The files that glob patterns name, each once, pattern by pattern in order of name. Raises UserError."""
+def find_files(patterns, out_dir):
+    """The files that names or glob patterns stand for, each once, pattern by pattern in order of name; none of out_dir.
+    Raises UserError."""
     files = {}
     for pattern in patterns:
-        found = [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()]
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        found = [p for p in map(Path, found) if p.is_file() and out_dir.resolve() not in p.resolve().parents]
         require(found, f"--files {pattern}: no such file (a folder? name its files: \"{Path(pattern) / '*.parquet'}\")")
-        files.update(dict.fromkeys(found))
+        for path in found:
+            files.setdefault(path.resolve(), path)
+    files = list(files.values())
     for path in files:
         require(kind(path) in READERS and (kind(path) == path.suffix or kind(path) != ".parquet"),
                 f"{path} is neither .parquet nor .jsonl, .json or .txt (these also with .gz or .zst)")
-    return list(files)
+    return files
 
 def text_bytes(files, key):
     """About how many bytes of text there are in local files."""
@@ -142,7 +173,8 @@ def hub(load, args, **kwargs):
     try:
         return load(args.dataset, args.name, **kwargs)
     except Exception as e:  # there is no end to what a network, the Hub and a data set's own files may raise
-        raise UserError(f"cannot load {args.dataset}: {reason(e)}. No network? --files takes local files") from None
+        raise UserError(f"cannot load {args.dataset}: {reason(e)}. Are --name and --split right? Without a network, "
+                        f"--files takes local files") from None
 
 def reason(e):
     return next(iter(str(e).splitlines()), "") or type(e).__name__
@@ -152,24 +184,31 @@ def read_hub(args, skip):
     import datasets
     how = dict(streaming=True) if args.streaming else dict(num_proc=args.num_proc)
     data = hub(datasets.load_dataset, args, split=args.split, **how)
-    names = data.column_names or list(next(iter(data)))
+    names = data.column_names or list(hub(lambda *_: next(iter(data), {}), args))
     require(args.text_key in names, f"{args.dataset} has no '{args.text_key}': --text_key can be {', '.join(names)}")
-    batches, done = data.select_columns([args.text_key]).with_format("arrow").skip(skip).iter(128), skip
+    batches, done = data.select_columns([args.text_key]).with_format("arrow").skip(skip).iter(16), skip
+    arrays = (batch[args.text_key].combine_chunks() for batch in batches)
+    chunks = arrow_chunks(arrays, f"{args.dataset}, {args.text_key}")
     while True:
         try:
-            batch = next(batches, None)
+            rows = next(chunks, None)
+        except UserError:
+            raise
         except Exception as e:
             sys.exit(f"fineweb.py: {args.dataset} broke off: {reason(e)}. The same command goes on where it was")
-        if batch is None:
+        if rows is None:
             return
-        yield batch[args.text_key].combine_chunks(), f"{args.dataset}, document", done + 1, True, done + len(batch)
-        done += len(batch)
+        done += len(rows)
+        yield Chunk(rows, f"{args.dataset}, document", done - len(rows) + 1, True, done)
 
 # Tokenizing -----------------------------------------------------------------------------------------------------------
 def start_worker():
-    """Ctrl-C is the parent's to handle. Should it die, no worker stays behind."""
+    """Ctrl-C is the parent's to handle. When that ends, for whatever reason, a thread that waits for it ends this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 def text_of(record, key, where):
     """The text of a record, "" if it has none; None for an empty line. Raises UserError."""
@@ -178,40 +217,60 @@ def text_of(record, key, where):
             return None
         try:
             record = json.loads(record)
-        except ValueError as e:
-            raise UserError(f"{where} is not JSON: {e}. Mend it or leave it out") from None
-        names = list(record) if isinstance(record, dict) else []
-        require(key in names, f"{where} has no '{key}': --text_key can be {', '.join(names) or 'nothing here'}")
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where} is not JSON in UTF-8: {e}. Mend it or leave it out") from None
+        require(isinstance(record, dict), f"{where} is no JSON object, such as {{\"{key}\": \"...\"}}, one a line")
+        require(key in record, f"{where} has no '{key}': --text_key can be {', '.join(record) or 'nothing here'}")
         record = record[key]
     require(record is None or isinstance(record, str), f"{where}: '{key}' is no text but {type(record).__name__}")
     return record or ""
 
-def tokenize(key, records, where, number, begins):
-    """The tokens of a chunk, (n,) uint16, and where in them each record ends, (len(records),) int64. A document begins
-    with <|endoftext|>; in its text, that is text like any other. Raises UserError."""
+def tokenize(key, chunk):
+    """The tokens of a chunk, (n,) uint16, and where in them each record ends, (records,) int64. A document begins with
+    <|endoftext|>; in its text, that is text like any other. Raises UserError."""
     enc = tiktoken.get_encoding("gpt2")  # kept by tiktoken after the first time
-    eot, rows, ends = np.array([enc.eot_token] * begins, dtype=np.uint32), [np.zeros(0, np.uint32)], []
-    for n, record in enumerate(records if isinstance(records, list) else records.to_pylist(), number):
-        text = text_of(record, key, f"{where} {n}")
+    eot = np.array([enc.eot_token] if chunk.begins else [], dtype=np.uint32)
+    parts, lengths = [eot[:0]], []
+    for n, record in enumerate(chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()):
+        text, length = text_of(record, key, f"{chunk.where} {chunk.number + n}"), 0
         if text is not None:
             try:                         # as encode_ordinary() does it, but without a Python integer for each token
-                rows += [eot, enc.encode_to_numpy(text, disallowed_special=())]
+                tokens = enc.encode_to_numpy(text, disallowed_special=())
             except UnicodeEncodeError:   # a lone surrogate: that one knows what to do
-                rows += [eot, np.array(enc.encode_ordinary(text), dtype=np.uint32)]
-        ends.append(sum(map(len, rows[-2:])) if text is not None else 0)
-    return np.concatenate(rows).astype(np.uint16), np.cumsum(ends)
+                tokens = np.array(enc.encode_ordinary(text), dtype=np.uint32)
+            parts += [eot, tokens]
+            length = len(eot) + len(tokens)
+        lengths.append(length)
+    return np.concatenate(parts).astype(np.uint16), np.cumsum(lengths)
+
+@contextlib.contextmanager
+def ctrl_c_later():
+    """What is started in here never hears of Ctrl-C; this process does, afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def tokenized(pool, key, chunks, ahead):
-    """For each chunk, in order, how far the reading is with it, its tokens and the ends of its records. So many chunks
-    are under way while the caller works."""
-    waiting = collections.deque()
-    for *chunk, done in chunks:
-        waiting.append((done, pool.submit(tokenize, key, *chunk)))
-        if len(waiting) > ahead:
+    """How far the reading is, tokens and ends of each chunk, in order, although the workers finish in any order. As
+    many as `ahead` are under way while the caller works."""
+    waiting, workers = collections.deque(), set()
+    for chunk in itertools.chain(chunks, [None] * ahead):
+        if chunk is not None:
+            with ctrl_c_later():
+                waiting.append((chunk.done, pool.submit(tokenize, key, chunk)))
+            workers.update(multiprocessing.active_children())
+        if waiting and (chunk is None or len(waiting) > ahead):
             done, future = waiting.popleft()
+            while not future.done():
+                wait([future], timeout=1)
+                if any(worker.exitcode is not None for worker in workers):  # the pool does not notice each such end
+                    raise BrokenProcessPool
             yield done, *future.result()
-    for done, future in waiting:
-        yield done, *future.result()
 
 # Writing --------------------------------------------------------------------------------------------------------------
 def write_header(f, n):
@@ -235,7 +294,10 @@ def save_manifest(out_dir, manifest):
 
 def load_manifest(out_dir):
     try:
-        return json.loads((out_dir / "manifest.json").read_text())
+        manifest = json.loads((out_dir / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or not {"complete", "shards"} <= manifest.keys():
+            raise ValueError("no manifest of shards")
+        return manifest
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {out_dir / 'manifest.json'}: {e}. Is that where shards were made?") from None
 
@@ -260,8 +322,8 @@ def write_shards(out_dir, manifest, results, bar, total):
     tokens of record number `record`, and all before. total is how far the reading gets in the end, 0 if unknown."""
     size, shards, f = manifest["shard_size"], manifest["shards"], None
     room = manifest["max_tokens"] - sum(shard["tokens"] for shard in shards) if manifest["max_tokens"] else sys.maxsize
-    first, begin = (shards[-1]["record"], shards[-1]["token"]) if shards else (0, 0)  # up to there all is written
-    for done, tokens, ends in results:
+    record, begin = (shards[-1]["record"], shards[-1]["token"]) if shards else (0, 0)  # up to there all is written
+    for done, tokens, ends in results:                         # of the records from `record` on
         while begin < len(tokens) and room:
             if f is None:
                 name, filled = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy", 0
@@ -271,11 +333,11 @@ def write_shards(out_dir, manifest, results, bar, total):
             f.write(tokens[begin:begin + n])
             begin, filled, room = begin + n, filled + n, room - n
             bar.update(n)
-            nth = int(np.searchsorted(ends, begin))            # the record that the last token belongs to
-            place = dict(record=first + nth, token=begin - int(ends[nth - 1] if nth else 0))
+            nth = int(np.searchsorted(ends, begin))            # the record in the chunk that the last token belongs to
+            place = dict(record=record + nth, token=begin - int(ends[nth - 1] if nth else 0))
             if filled == size:
                 f = finish(f, out_dir, manifest, name, filled, place)
-        first, begin = first + len(ends), 0
+        record, begin = record + len(ends), 0
         if total and done:
             bar.total = bar.n + min(room, int(bar.n * (total - done) / done))
         if not room:
@@ -310,7 +372,7 @@ def verify(out_dir):
 # Command line ---------------------------------------------------------------------------------------------------------
 def run(args):
     """Make the shards that args ask for, or what is missing of them. Raises UserError."""
-    out_dir, files = Path(args.out_dir), find_files(args.files or [])
+    out_dir, files = Path(args.out_dir), find_files(args.files or [], Path(args.out_dir))
     source = {"files": [[path.name, path.stat().st_size] for path in files]} if files else {
         "dataset": args.dataset, "name": args.name, "split": args.split}
     manifest = open_manifest(out_dir, {**source, "text_key": args.text_key, "tokenizer": "gpt2",
@@ -350,32 +412,41 @@ def run(args):
     print(f"{f'{len(files)} files' if files else args.dataset} -> {out_dir} with {args.num_proc} processes"
           + (f", going on after {len(shards)} shards, {tokens:,} tokens" if shards else ""), flush=True)
 
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it tidies up after a kill
     context = multiprocessing.get_context("spawn")  # the same on every system
-    with (ProcessPoolExecutor(args.num_proc, context, start_worker) as pool,
-          tqdm(total=expected or None, initial=tokens, unit=" tokens", unit_scale=True, disable=None) as bar):
+    pool = ProcessPoolExecutor(args.num_proc, context, start_worker)
+    with tqdm(total=expected or None, initial=tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
         try:
             write_shards(out_dir, manifest, tokenized(pool, args.text_key, chunks, 4 * args.num_proc), bar, total)
+        except KeyboardInterrupt:
+            leave("stopped: complete shards are kept, the same command goes on", 0)
+        except BrokenProcessPool:
+            leave("fineweb.py: a worker died, out of memory? Lower --num_proc: the same command goes on", 1)
+        finally:
             pool.shutdown(cancel_futures=True)
-        except BaseException:
-            for process in multiprocessing.active_children():  # what they are at would be lost anyway
-                process.kill()
-            raise
     require(shards, "no document in there")
     print(f"{out_dir}: {len(shards)} shards, {sum(s['tokens'] for s in shards):,} tokens"
           + ("" if len(shards) > 1 else ". All of it is in the validation split: for training too, lower --shard_size"))
 
+def leave(message, code):
+    """End at once. A regular end waits for the pool, and that for the rest of what a killed worker began to write."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr if code else sys.stdout, flush=True)
+    os._exit(code)
+
 def count(text):
-    """A number of things, 1 or more; 1e8 will do."""
-    n = float(text)
-    if not 1 <= n < 2**63:
-        raise ValueError
-    return int(n)
+    """A number of things; 1e8 will do."""
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 2**63:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
 
 def main():
     """Read the flags, do what they ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(os.cpu_count() or 1, 61)
     parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="data set of the Hub (%(default)s)")
     parser.add_argument("--name", help="its configuration (sample-10BT for FineWeb-Edu)")
     parser.add_argument("--split", default="train", help="its split (%(default)s)")
@@ -398,9 +469,7 @@ def main():
         print(f"fineweb.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: complete shards are kept, the same command goes on")
-    except BrokenProcessPool:
-        sys.exit("fineweb.py: a worker process died, out of memory? Lower --num_proc: the same command goes on")
+        print("stopped: the same command goes on")
     except OSError as e:
         sys.exit(f"fineweb.py: {e}. Complete shards are kept: make room, and the same command goes on")
 

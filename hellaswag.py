@@ -212,7 +212,9 @@ def run(flags):
     """Score a model as the flags say and print a table."""
     data, limit, batch_size, out = (flags.pop(key, None) for key in ("data", "limit", "batch_size", "out"))
     require(all(n is None or n > 0 for n in (limit, batch_size)), "--limit and --batch_size must be 1 or more")
-    require(out is None or os.access(Path(out).parent, os.W_OK) and not Path(out).is_dir(), f"cannot write --out {out}")
+    require(flags.get("init_from") != "scratch", "-m scratch: a model of random weights has nothing to score")
+    require(out is None or os.access(Path(out).parent, os.W_OK) and (Path(out).is_file() or not Path(out).exists()),
+            f"cannot write --out {out}: it must be a file in a folder that is there")
     cfg, checkpoint = configure(dict(flags, prompt=""))  # as if to generate: then the training data may be elsewhere
     device, dtype, _, enc, model = set_up(cfg, checkpoint)
     name = flags.get("init_from") or f"{cfg.log_dir}, step {checkpoint['step']}"

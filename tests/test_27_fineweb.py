@@ -3,6 +3,7 @@ import gzip
 import http.server
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -138,11 +139,11 @@ def test_a_long_text_in_pieces_has_the_same_tokens(enc, tmp_path, monkeypatch, s
     monkeypatch.setattr(fineweb, "CHUNK", size)
     for text in TEXTS:
         (tmp_path / "a.txt").write_bytes(text.encode())
-        chunks = [chunk[:-1] for chunk in fineweb.read_files([tmp_path / "a.txt"], "text", 0)]
-        tokens = np.concatenate([fineweb.tokenize("text", *chunk)[0] for chunk in chunks])
+        chunks = list(fineweb.read_files([tmp_path / "a.txt"], "text", 0))
+        tokens = np.concatenate([fineweb.tokenize("text", chunk)[0] for chunk in chunks])
         text = text.replace("\r\n", "\n")
         assert np.array_equal(tokens, expected(enc, [text])), text
-        assert "".join(chunk[0][0] for chunk in chunks) == text
+        assert "".join(chunk.records[0] for chunk in chunks) == text
     if size < 50:
         assert len(list(fineweb.read_files([write(tmp_path / "b.txt", [TEXTS[5]])], "text", 0))) > 10
 
@@ -153,9 +154,9 @@ def test_reading_from_the_nth_record_on_is_what_comes_after_n(tmp_path, monkeypa
              for name in ("a.parquet", "b.jsonl", "c.parquet", "d.txt", "e.jsonl.gz")]
 
     def records(skip):
-        return [(str(r), f"{where} {number + i if where[-4:] != '.txt' else ''}", begins)
-                for chunk, where, number, begins, _ in fineweb.read_files(paths, "text", skip)
-                for i, r in enumerate(chunk if isinstance(chunk, list) else chunk.to_pylist())]
+        return [(str(r), f"{c.where} {c.number + i if c.where[-4:] != '.txt' else ''}", c.begins)
+                for c in fineweb.read_files(paths, "text", skip)
+                for i, r in enumerate(c.records if isinstance(c.records, list) else c.records.to_pylist())]
 
     everything = records(0)
     assert len(everything) >= 41 and f"{paths[2]}, row 10" in [where for _, where, _ in everything]
@@ -358,7 +359,7 @@ def test_a_disk_that_fills_up_keeps_complete_shards(here):
 
 BROKEN = {"not json": ("a.jsonl", b'{"text": "a"}\n\n{"text": oops}\n', "a.jsonl, line 3 is not JSON"),
           "no key": ("a.jsonl", b'{"body": "a"}\n', "line 1 has no 'text': --text_key can be body"),
-          "a list": ("a.jsonl", b'["text"]\n', "line 1 has no 'text'"),
+          "a list": ("a.jsonl", b'["text"]\n', "line 1 is no JSON object"), "deep": ("a.jsonl", b"[" * 99999, "line 1"),
           "a number": ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2: 'text' is no text but int"),
           "not utf-8": ("a.txt", b"caf\xe9", "a.txt"), "not utf-8 json": ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1"),
           "cut short": ("a.jsonl.gz", gzip.compress(os.urandom(9999))[:-50], "a.jsonl.gz"),
@@ -427,3 +428,53 @@ def test_too_many_requests_are_retried_then_said(tmp_path):
     assert "429" in done.stderr and "--files" in done.stderr.splitlines()[-1]
     waited = [float(s) for s in re.findall(r"waited (\S+)", done.stdout)]
     assert len(waited) >= 3 and waited == sorted(waited) and waited[0] < waited[-1] and asked >= len(waited)
+
+
+# What a hostile reader found -------------------------------------------------------------------------------------------
+
+@posix
+def test_stops_at_any_moment_end_in_time_and_in_peace(here):
+    """A worker that is killed while it hands back its tokens leaves half of them in the pipe."""
+    for i in range(12):
+        process = start(here, f"any_moment_{i}")
+        time.sleep(0.4 + 0.13 * i)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == 0 and err == "", (i, err)
+
+
+def test_parquet_of_other_types_of_text_and_of_none(enc, tmp_path, monkeypatch, capsys):
+    column = pyarrow.array(DOCUMENTS)
+    for i, kind in enumerate([pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(),
+                                                                                              pyarrow.string())]):
+        texts = column.dictionary_encode() if i == 2 else column.cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+        assert make_here(monkeypatch, tmp_path, "--files", "a.parquet", "--out_dir", f"out{i}") is None
+        assert np.array_equal(tokens_in(tmp_path / f"out{i}"), expected(enc, DOCUMENTS))
+    latin1 = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"ok", b"caf\xe9"]).buffers())
+    for texts, says in [(latin1, "UTF8"), (pyarrow.array([b'{"text": "x"}']), "binary"), (pyarrow.array([1]), "int64")]:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
+        capsys.readouterr()
+        assert make_here(monkeypatch, tmp_path, "--files", "b.parquet", "--out_dir", "b") == 2
+        err = capsys.readouterr().err
+        assert "b.parquet" in err and says in err and err.count("\n") == 1, err
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+
+
+def test_chunks_have_a_size_in_bytes_however_the_rows_are_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK", 10_000)
+    texts = ["x" * 5] * 3000 + ["y" * 20_000] * 20 + ["z" * 100] * 500
+    for name, column in [("plain", pyarrow.array(texts)), ("dict", pyarrow.array(texts).dictionary_encode())]:
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        chunks = list(fineweb.read_files([tmp_path / f"{name}.parquet"], "text", 0))
+        assert [t for c in chunks for t in c.records.to_pylist()] == texts
+        assert max(len(pickle.dumps(c)) for c in chunks) < 400_000      # 16 of the longest
+        assert len(chunks) < 100
+
+
+def test_names_with_brackets_and_files_named_twice_and_shards_among_the_files(enc, tmp_path):
+    write(tmp_path / "data[1].jsonl", ["x y z"])
+    flags = ["--files", "data[1].jsonl", str(tmp_path / "data[1].jsonl"), "**", "--out_dir", "out"]
+    make(*flags, cwd=tmp_path)
+    assert np.array_equal(tokens_in(tmp_path / "out"), expected(enc, ["x y z"]))
+    assert "complete" in make(*flags, cwd=tmp_path).stdout
