@@ -14,8 +14,8 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
 laptop run ends at a val loss of 1.32 to 1.33.
 
-Papers: Vaswani et al. 2017 (arXiv:1706.03762), attention; Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners", GPT-2; Brown et al. 2020 (arXiv:2005.14165), GPT-3, whose training recipe this is.
+Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al. 2019, "Language Models are Unsupervised
+Multitask Learners"; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
 """
 import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
 import signal, sys, time, warnings
@@ -110,7 +110,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 # Hugging Face keeps these as Conv1D, (in, out); nn.Linear keeps (out, in).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head that shares wte's weights."""
@@ -122,8 +122,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(rows, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd),
-        ))
+            ln_f=nn.LayerNorm(config.n_embd)))
         self.checkpoint_activations = False                # True: keep the input of each block only, for backward()
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
@@ -137,8 +136,7 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Number of parameters, the tied matrix once, its padding not at all."""
-        rows, columns = self.lm_head.weight.size()
-        return sum(p.numel() for p in self.parameters()) - (rows - self.config.vocab_size) * columns
+        return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.config.vocab_size:].numel()
 
     def trunk(self, idx, pos=None, caches=None, mask=None):
         """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
@@ -169,19 +167,18 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, padded_vocab_size=0):
         """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
         os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel  # our own line says what is wrong
-        known = [size for size in SIZES if size != "demo"]
+        from transformers import GPT2Config, GPT2LMHeadModel     # our own line says what is wrong
+        known = list(SIZES)[1:]
         require(name in known or Path(name).is_dir(), f"'{name}' is neither a folder nor a GPT-2: {', '.join(known)}")
         try:
-            c = AutoConfig.from_pretrained(name)
             theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         except Exception as e:               # whatever the Hub, the disk or a broken file may raise
             raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
-        odd = [key for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner",
-                               "tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-               if getattr(c, key, None) != getattr(GPT2Config(), key)] + [*info["missing_keys"]]
+        c, theirs, fixed = theirs.config, theirs.state_dict(), GPT2Config().to_dict()
+        odd = [key for key in ("activation_function", "layer_norm_epsilon", "n_inner", "tie_word_embeddings",
+               "scale_attn_weights", "scale_attn_by_inverse_layer_idx") if getattr(c, key) != fixed[key]]
+        odd += info["missing_keys"]
         require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
-        theirs = theirs.state_dict()
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
         with torch.no_grad():
             for key, p in model.named_parameters():  # by our names: whatever buffers theirs has besides do not matter
@@ -266,15 +263,12 @@ def open_shard(path):
             tokens = np.load(path, mmap_mode="r")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise ValueError("it does not begin as llm.c's token files do (20240520, 1, count)")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-            if len(tokens) != header[2]:
-                raise ValueError(f"it holds {len(tokens):,} tokens, its header says {header[2]:,}")
+            if header[:3].tolist() != [20240520, 1, len(tokens)]:
+                raise ValueError(f"{len(tokens):,} tokens, but not llm.c's header for them, (20240520, 1, count)")
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is cut short or not a token shard: {e}. Make or copy it again") from None
-    require(tokens.dtype == np.uint16 and tokens.ndim == 1,
-            f"{path} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of uint16")
+    require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path}: {tokens.dtype} {tokens.shape}, no row of uint16")
     return tokens
 
 def open_data(path, enc):
@@ -297,9 +291,9 @@ def open_data(path, enc):
 class DataLoaderLite:
     """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart. Windows begin at 0, T,
     2T, ... of a shard; in an epoch each of each shard comes once. With a seed the order is shuffled, shards first, then
-    the windows of each; else it is that on disk. It follows from the seed and one position that all processes share:
-    rank r takes the r-th B windows of each global batch. So the number of processes does not change the batches, and
-    the position is all there is to save. Raises UserError if the data are too few, or hold an id that is too large."""
+    the windows of each. It follows from the seed and one position that all processes share: rank r takes the r-th B
+    windows of each global batch. So the number of processes does not change the batches, and to save the position is
+    enough. Raises UserError for too few data, or an id that is too large."""
     def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
         self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
         self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
@@ -374,8 +368,7 @@ def get_lr(step, cfg):
 PEAK_TFLOPS = {
     "V100": 125, "V100-PCIE-16GB": 112, "V100-PCIE-32GB": 112, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121,
     "L40S": 362, "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
-    "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4060": 30, "RTX 4070": 58.3,
-    "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
+    "RTX 3060": 25.5, "RTX 3090": 71, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5}
 
 def peak_flops(device):
     """FLOP/s the device can do at best, or None where this file does not know."""
@@ -429,15 +422,14 @@ def save_checkpoint(path, state):
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:  # torch.save() makes a RuntimeError out of a full disk
         beside.unlink(missing_ok=True)
-        cause = e if isinstance(e, OSError) else e.__context__ or e
-        sys.exit(f"cannot write {path}: {cause}. Earlier checkpoints are whole: make room, then --resume")
+        e = e if isinstance(e, OSError) else e.__context__ or e
+        sys.exit(f"cannot write {path}: {e}. Earlier checkpoints are whole: make room, then --resume")
 
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. Raises UserError if it is cut short or not ours."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError("another format")
+        require(state["format"] == FORMAT, "written by another version")
         return state
     except Exception as e:  # whatever torch.load meets in a broken file
         raise UserError(f"cannot use the checkpoint {path}, is it cut short, or old? ({type(e).__name__})") from None
@@ -486,7 +478,7 @@ class TrainConfig:
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
     compile: bool = flag(None, "torch.compile the model for training")
-    eval_every: int = flag(250, "steps between validation losses; 0: never", 0)
+    eval_every: int = flag(None, "steps between validation losses; 0: never", 0)
     val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
     hellaswag_every: int = flag(None, "steps between HellaSwag scores (shards: 250, else never)", 0)
     sample_every: int = flag(500, "steps between samples; 0: never", 0)
@@ -515,8 +507,7 @@ OUT_OF_MEMORY = "out of memory|can't allocate memory"
 FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
 
 def configure(flags):
-    """(cfg, checkpoint): the whole configuration from the flags given, and the state to begin from, or None. All that
-    can be checked before anything slow is checked here. Raises UserError."""
+    """(cfg, checkpoint): all that the flags leave open, and the state to begin from, or None. Raises UserError."""
     cfg, (_, local_rank, world_size) = TrainConfig(**flags), process()
     look_only = cfg.prompt is not None or cfg.eval_only
     restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
@@ -524,7 +515,6 @@ def configure(flags):
         for key, value in values.items():
             if getattr(cfg, key) is None:
                 setattr(cfg, key, value)
-
     # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
     newest = cfg.resume or restarted or look_only and not cfg.init_from
     checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
@@ -541,14 +531,14 @@ def configure(flags):
         setattr(cfg, key, flags.get(key, value))
         require(getattr(cfg, key) == value or key in MAY_CHANGE or (look_only and key not in SHAPE),
                 f"--{key} {getattr(cfg, key)}: the checkpoint has {value}; may change: {', '.join(MAY_CHANGE)}")
-
     pretrained = not checkpoint and cfg.init_from not in (None, "scratch")
     if pretrained:
         for key in SHAPE[1:]:
             require(key not in flags, f"--{key} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # from_pretrained() will say what is wrong there
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # from_pretrained() says what
             theirs = json.loads((Path(cfg.init_from) / "config.json").read_text())
-            default(**{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
+            default(tokenizer="byte" if theirs["vocab_size"] == 257 else "gpt2",
+                    **{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
     candidates = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
     default(data=[*candidates, str(Path(__file__).with_name("input.txt"))][0], init_from="scratch")
     require(cfg.prompt is not None or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
@@ -559,15 +549,13 @@ def configure(flags):
     default(device=next(name for name in have if have[name]))
     require(local_rank < have[cfg.device], f"--device {cfg.device}: this machine, or this build of PyTorch, has "
             f"{int(have[cfg.device])}: leave the flag out, or lower torchrun's --nproc_per_node")
-    if cfg.device != "cuda" and cfg.model != "demo":
-        default(batch_size=4)                                 # GPT-2 at B=64 wants 80 GB
+    default(batch_size=4 if cfg.device != "cuda" and cfg.model != "demo" else None)  # GPT-2 at B=64 wants 80 GB
     unasked = {key for key, value in vars(cfg).items() if value is None}
     default(**SIZES[cfg.model], **RECIPES[cfg.model])
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10, hellaswag_every=250 if Path(cfg.data).is_dir() else 0)
-    default(total_batch_size=cfg.batch_size * cfg.seq_len)
+    default(total_batch_size=cfg.batch_size * cfg.seq_len, eval_every=250)
     if "warmup_steps" in unasked:
         cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
-
     for f in dataclasses.fields(cfg):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         require(least is None or least <= value < (2**63 if f.type is int else math.inf),
@@ -594,8 +582,7 @@ def configure(flags):
     return cfg, checkpoint
 
 def set_up(cfg, checkpoint):
-    """device, dtype and whether to compile, as asked for or as suits the machine; tokenizer and model, this on the CPU
-    in float32. Under torchrun, the processes of all nodes find each other here. Raises UserError."""
+    """device, dtype, whether to compile, tokenizer, model (CPU, float32). Under torchrun, all processes meet here."""
     local_rank = process()[1]
     device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
     if device.type == "cuda":
@@ -623,8 +610,7 @@ def set_up(cfg, checkpoint):
         model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
     else:
         model = GPT.from_pretrained(cfg.init_from, padded)
-        require(model.config.vocab_size == enc.n_vocab,
-                f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, which has other tokens")
+        require(model.config.vocab_size == enc.n_vocab, f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}")
     if local_rank == 0 and dist.is_initialized():
         dist.barrier()
     return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile, enc, model
@@ -632,8 +618,7 @@ def set_up(cfg, checkpoint):
 @torch.no_grad()
 def evaluate(model, loader, cfg, enc, device, dtype):
     """Mean loss in nats per token over the first val_tokens of a loader's data, and a line that says it in three ways.
-    The same windows whatever the batch size and the number of processes, which share them. The last batches are filled
-    up to the one shape that a compiled model is made for; what fills them is not counted."""
+    The same windows for any batch size and number of processes. What fills up the last batches is not counted."""
     rank, _, world_size = process()
     bytes_of = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     bytes_of[enc.eot_token] = 0  # not text
@@ -651,12 +636,11 @@ def evaluate(model, loader, cfg, enc, device, dtype):
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
 def look(cfg, checkpoint):
-    """--eval_only: one line about the validation split. --prompt: continue it on stdout, num_samples times."""
+    """--eval_only: the validation loss. --prompt: continue it on stdout, num_samples times."""
     device, dtype, _, enc, model = set_up(cfg, checkpoint)
     model.to(device)
     if cfg.eval_only:
-        _, val_shards = open_data(cfg.data, enc)
-        loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
+        loader = DataLoaderLite(open_data(cfg.data, enc)[1], 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
         return print(evaluate(model, loader, cfg, enc, device, dtype)[1])
     prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
     for i in range(cfg.num_samples):
@@ -668,9 +652,8 @@ def look(cfg, checkpoint):
 
 # Training -------------------------------------------------------------------------------------------------------------
 def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
-    """One forward and backward pass before the run, and a second one that averages its gradients. With auto_batch, the
-    first halves cfg.batch_size until all processes have the memory; the tokens a step stay the same. The second shows
-    DDP in which order gradients come: it sums in that order from the next one on, and step 0 must not be another."""
+    """Two passes before the run. With auto_batch, the first halves cfg.batch_size until all have the memory. The second
+    shows DDP in which order gradients come: it sums in that order from then on, and step 0 must not be another."""
     passes = 2
     while passes:
         parallel_model.require_backward_grad_sync, too_large = passes == 1, False
@@ -694,8 +677,7 @@ def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
             passes -= 1
 
 def open_log(log_dir, step, resume):
-    """log.txt, open for more rows `STEP STREAM VALUE`; those from step on go, they are about to come again. A fresh run
-    does not write over an earlier one: that is moved aside."""
+    """log.txt, open for more rows; those from step on go, they will come again. An earlier run is moved aside first."""
     path, found = log_dir / "log.txt", checkpoints(log_dir)
     if (found or path.stat().st_size) and not (resume and found):
         aside = next(p for n in itertools.count(1) if not (p := log_dir / f"earlier_run_{n}").exists())
@@ -714,15 +696,14 @@ def check_finite(step, loss, norm, log_dir):
     """End the run if a loss or a gradient norm is not a number: nothing after it would be worth saving."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         last_good = [path.name for path in checkpoints(log_dir).values()][-1:] or ["none"]
-        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; nothing of it was saved. Last good checkpoint: "
-                 f"{last_good[0]}. Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
+        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; not saved. Last good checkpoint: {last_good[0]}. "
+                 f"Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
 
 def train(cfg, checkpoint, auto_batch):
     """Train as cfg says, from a checkpoint's state if there is one to resume."""
     import torch.distributed.checkpoint.state_dict as dcp
     resumed = checkpoint if cfg.init_from == "scratch" else None
     (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
-
     # Model, data, optimiser
     device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
     raw_model.checkpoint_activations = cfg.checkpoint_activations
@@ -735,16 +716,13 @@ def train(cfg, checkpoint, auto_batch):
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     kind = "shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
-    print(f"training {cfg.model} on {cfg.data}, {kind}")
-    print(f"{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
-          f"{world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
+    print(f"training {cfg.model} on {cfg.data}, {kind}\n{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer "
+          f"{cfg.tokenizer} | {world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}")
     rehearse(model, parallel_model, cfg, device, dtype, auto_batch and cfg.parallel == "ddp")
     B = train_loader.B = cfg.batch_size
-    accumulate = cfg.total_batch_size // (B * T * world_size)
-    tokens = train_loader.total * T
+    accumulate, tokens = cfg.total_batch_size // (B * T * world_size), train_loader.total * T
     print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {world_size} x {B} x {T} | {tokens:,} training "
           f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
-
     # Where to begin
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file under ddp and fsdp
     start, best_loss, best_step = 0, math.inf, -1
@@ -754,18 +732,15 @@ def train(cfg, checkpoint, auto_batch):
         scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # empty unless it trained in float16
         train_loader.position = resumed["position"]
         torch.set_rng_state(resumed["rng"]["cpu"])
-        if device.type == "cuda" and resumed["rng"]["cuda"] is not None:
+        if device.type == "cuda" and torch.is_tensor(resumed["rng"]["cuda"]):
             torch.cuda.set_rng_state(resumed["rng"]["cuda"])
-        print(f"resumed from step {start:,}")
-    elif cfg.resume:
-        print(f"no checkpoint in {log_dir} yet: starting from step 0")
+    print(f"resumed from step {start:,}" if start else "starting from step 0")
     del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
     position = train_loader.position
     x, y = send(train_loader.next_batch(), device)
     require(summed(start, device=device)[0] == start * world_size,
             f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
     log = open_log(log_dir, start, start > 0) if rank == 0 else open(os.devnull, "w")
-
     stop, stopping = [], False          # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
     def ask_to_stop(signum, frame):
         stop.append(signum)             # torchrun repeats what all have heard already, and kills them after 30 s
@@ -779,7 +754,6 @@ def train(cfg, checkpoint, auto_batch):
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     for step in range(start, cfg.max_steps + 1):
         last_step, val_loss = step == cfg.max_steps, None
-
         # Once in a while: how good is it? What does it say? Keep it.
         evaluating, scoring, sampling, saving = (every and (step % every == 0 or last_step) for every in (
             cfg.eval_every, cfg.hellaswag_every, cfg.sample_every, cfg.save_every))
@@ -803,13 +777,12 @@ def train(cfg, checkpoint, auto_batch):
         if step > 0 and (stopping or saving):
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_step = val_loss, step
-            cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
             state = {
                 "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
                 "model": dcp.get_model_state_dict(raw_model, options=whole),
                 "optimizer": dcp.get_optimizer_state_dict(raw_model, optimizer, options=whole),
-                "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
-                "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
+                "rng": {"cpu": torch.get_rng_state(), "cuda": device.type == "cuda" and torch.cuda.get_rng_state()},
+                "scaler": scaler.state_dict(), "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
                 "model_config": dataclasses.asdict(raw_model.config),
                 "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}}
             if rank == 0:
@@ -834,23 +807,19 @@ def train(cfg, checkpoint, auto_batch):
             scaler.scale(loss).backward()   # float16: small gradients would vanish, so the loss is scaled up first
         scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-        lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr = get_lr(step, cfg)
         scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         # All processes need the same answers. item() waits for the GPU, and so the clock does, too.
         loss, stopping = summed(loss_sum.item() / world_size, len(stop), device=device)
-        norm = norm.item()
-        dt = time.perf_counter() - t0
-
+        norm, dt = norm.item(), time.perf_counter() - t0
         check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
         mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak / world_size:.1%}" if peak else ""
         print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
         log.write(f"{step} train {loss:.6f}\n")
-
     if stopping:
         return print(f"stopped after {step:,} steps: --resume goes on from there")
     print(f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --log_dir {log_dir} --prompt Once\n"
@@ -862,8 +831,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
     for f in dataclasses.fields(TrainConfig):
-        yes_or_no = dict(action=argparse.BooleanOptionalAction)
-        kind = yes_or_no if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        kind = dict(type=f.type, choices=f.metadata["choices"])
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
         parser.add_argument(f"--{f.name}", **kind, help=f"{f.metadata['help']} ({f.default})".replace(" (None)", ""))
     parser.error = lambda message: require(False, f"{message} (--help lists all flags)")  # and not argparse's usage
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
@@ -873,10 +842,8 @@ def main():
             os.environ["TORCHELASTIC_RUN_ID"] = f"torchrun {os.getppid()}"  # the same after a restart, unlike "none"
         cfg, checkpoint = configure(flags)
         sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")  # rank 0 speaks for all
-        if cfg.prompt is not None or cfg.eval_only:
-            look(cfg, checkpoint)
-        else:
-            train(cfg, checkpoint, auto_batch="batch_size" not in flags)
+        looking = cfg.prompt is not None or cfg.eval_only
+        look(cfg, checkpoint) if looking else train(cfg, checkpoint, auto_batch="batch_size" not in flags)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(2)
