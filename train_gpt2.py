@@ -9,6 +9,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python fineweb.py && python train_gpt2.py       one GPU: GPT-2 124M on the 10 B tokens of FineWeb-Edu, 19,073 steps
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
+    python train_gpt2.py --init_from gpt2 --data my.txt        fine-tune them on your own text
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
@@ -478,7 +479,7 @@ class TrainConfig:
     device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
     dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
     compile: bool = flag(None, "torch.compile the model for training")
-    eval_every: int = flag(None, "steps between validation losses; 0: never", 0)
+    eval_every: int = flag(None, "steps between validation losses (250; with --init_from 25); 0: never", 0)
     val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
     hellaswag_every: int = flag(None, "steps between HellaSwag scores (shards: 250, else never)", 0)
     sample_every: int = flag(500, "steps between samples; 0: never", 0)
@@ -499,6 +500,7 @@ GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_eve
 RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5, save_every=250),
            "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
            "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
+FINE_TUNE = dict(batch_size=8, total_batch_size=None, max_steps=200, warmup_steps=20, save_every=25, eval_every=25)
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
 MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "hellaswag_every", "sample_every",
               "save_every", "keep", "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
@@ -551,7 +553,10 @@ def configure(flags):
             f"{int(have[cfg.device])}: leave the flag out, or lower torchrun's --nproc_per_node")
     default(batch_size=4 if cfg.device != "cuda" and cfg.model != "demo" else None)  # GPT-2 at B=64 wants 80 GB
     unasked = {key for key, value in vars(cfg).items() if value is None}
-    default(**SIZES[cfg.model], **RECIPES[cfg.model])
+    recipe = RECIPES[cfg.model]
+    if cfg.init_from != "scratch":  # fine-tune: what it knows already is changed in few and small steps
+        recipe = recipe | FINE_TUNE | dict(max_lr=recipe["max_lr"] / 20)
+    default(**SIZES[cfg.model], **recipe)
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10, hellaswag_every=250 if Path(cfg.data).is_dir() else 0)
     default(total_batch_size=cfg.batch_size * cfg.seq_len, eval_every=250)
     if "warmup_steps" in unasked:
@@ -822,8 +827,8 @@ def train(cfg, checkpoint, auto_batch):
         log.write(f"{step} train {loss:.6f}\n")
     if stopping:
         return print(f"stopped after {step:,} steps: --resume goes on from there")
-    print(f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --log_dir {log_dir} --prompt Once\n"
-          f"  python train_gpt2.py --log_dir {log_dir} --resume --max_steps {2 * cfg.max_steps}    # train longer")
+    best = f"init_from {log_dir / f'model_{best_step:05d}.pt'}" if best_step > 0 else f"log_dir {log_dir}"
+    print(f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --{best} --prompt Once")
 
 # Command line ---------------------------------------------------------------------------------------------------------
 def main():
