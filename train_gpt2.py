@@ -10,7 +10,7 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
     python train_gpt2.py --init_from gpt2 --data my.txt        fine-tune them on your own text
-    python train_gpt2.py --eval_only                val loss, perplexity, bits per byte
+    python train_gpt2.py --eval_only                val loss, perplexity, bits per byte; --export DIR: for Hugging Face
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
 laptop run ends at a val loss of 1.32 to 1.33.
@@ -19,7 +19,7 @@ Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al.
 Multitask Learners"; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
 """
 import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
-import signal, sys, time, warnings
+import shutil, signal, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 # Hugging Face keeps these as Conv1D, (in, out); nn.Linear keeps (out, in).
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+TRANSPOSED, TIED = ("c_attn.weight", "c_proj.weight", "c_fc.weight"), ("wte.weight", "lm_head.weight")
 
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head that shares wte's weights."""
@@ -494,6 +494,7 @@ class TrainConfig:
     max_new_tokens: int = flag(300, "tokens to generate", 0)
     num_samples: int = flag(1, "texts to generate", 1)
     eval_only: bool = flag(False, "print the validation loss and exit")
+    export: str = flag(None, "write a folder for Hugging Face transformers and exit")
 
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
 GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_every=1000)
@@ -504,14 +505,14 @@ FINE_TUNE = dict(batch_size=8, total_batch_size=None, max_steps=200, warmup_step
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
 MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "hellaswag_every", "sample_every",
               "save_every", "keep", "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
-NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only".split()
+NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only export".split()
 OUT_OF_MEMORY = "out of memory|can't allocate memory"
 FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
 
 def configure(flags):
     """(cfg, checkpoint): all that the flags leave open, and the state to begin from, or None. Raises UserError."""
     cfg, (_, local_rank, world_size) = TrainConfig(**flags), process()
-    look_only = cfg.prompt is not None or cfg.eval_only
+    look_only = cfg.prompt is not None or cfg.eval_only or cfg.export is not None
     restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
     def default(**values):
         for key, value in values.items():
@@ -640,9 +641,36 @@ def evaluate(model, loader, cfg, enc, device, dtype):
     loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
 
+def export(model, enc, path, note):
+    """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name. Raises UserError."""
+    require(not path.exists(), f"--export {path} exists: choose another folder")
+    from transformers import GPT2Config, GPT2LMHeadModel, GenerationConfig, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    c, eot = model.config, {f"{name}_token_id": enc.eot_token for name in ("bos", "eos", "pad")}
+    shape = {key: getattr(c, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, **shape, **eot))
+    theirs.load_state_dict({key: w.t() if key.endswith(TRANSPOSED) else w[:c.vocab_size] if key.endswith(TIED) else w
+                            for key, w in model.state_dict().items()})
+    theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **eot)
+    converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
+    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks      # and not from a file
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), model_max_length=c.block_size,
+                                        **{key[:-3]: "<|endoftext|>" for key in eot})
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    theirs.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n"
+                                      f"\nBy train_gpt2.py: {model.num_params() / 1e6:.1f} M parameters, {note}\n")
+    beside.rename(path)
+    print(f"exported to {path}")
+
 def look(cfg, checkpoint):
-    """--eval_only: the validation loss. --prompt: continue it on stdout, num_samples times."""
+    """--eval_only: the validation loss. --export: a Hugging Face folder. --prompt: continue it, num_samples times."""
     device, dtype, _, enc, model = set_up(cfg, checkpoint)
+    if cfg.export:
+        run = f"step {checkpoint['step']}, best val loss {checkpoint['best_loss']:.4f}" if checkpoint else cfg.init_from
+        return export(model, enc, Path(cfg.export), f"{cfg.model}, tokenizer {cfg.tokenizer}, data {cfg.data}, {run}")
     model.to(device)
     if cfg.eval_only:
         loader = DataLoaderLite(open_data(cfg.data, enc)[1], 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
@@ -847,7 +875,7 @@ def main():
             os.environ["TORCHELASTIC_RUN_ID"] = f"torchrun {os.getppid()}"  # the same after a restart, unlike "none"
         cfg, checkpoint = configure(flags)
         sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")  # rank 0 speaks for all
-        looking = cfg.prompt is not None or cfg.eval_only
+        looking = cfg.prompt is not None or cfg.eval_only or cfg.export
         look(cfg, checkpoint) if looking else train(cfg, checkpoint, auto_batch="batch_size" not in flags)
     except UserError as e:
         print(f"train_gpt2.py: {e}", file=sys.stderr)
