@@ -113,6 +113,13 @@ def parse(line, enc, ind, where):
                 endings=[enc.encode_ordinary(" " + ending) for ending in endings])
 
 # Scores ---------------------------------------------------------------------------------------------------------------
+# The endings of an item share its context, so it is computed once, and all stand in one row. For "The man sat" with the
+# endings "down .", "up and away", "on it" (the last token of an ending foretells nothing that is asked for):
+#     row       The man sat   down   up and   on
+#     pos        0   1   2     3      3   4    3    with each ending, positions go on from the context
+#     branch     0   0   0     1      2   2    3    a token sees what is before it in the context and in its own ending
+# A tree: the context is the trunk, the endings are branches.
+
 def grow_trees(items, S):
     """What to compute, longest first: trees (context, endings, slots). Ending k of item i has slot 4 i + k. The endings
     share the context if each fits a window of S tokens together with it. Else each has a tree of its own, and the
@@ -183,7 +190,7 @@ def score(model, items, device, dtype, batch_size=None):
             logits[:, V:] = -math.inf              # padding has no probability
             losses.append(F.cross_entropy(logits, target, reduction="none"))
         if nth < len(batches):
-            nll[ends[nth]:ends[nth + 1]] = torch.cat(losses)
+            nll[ends[nth]:ends[nth + 1]] = torch.cat(losses)  # this batch's place among the tokens of all endings
     if dist.is_initialized():
         dist.all_reduce(nll)                       # zero but for the own share
     sums = np.bincount(slots, nll.cpu().numpy().astype(np.float64)).reshape(-1, 4)
