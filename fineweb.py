@@ -469,7 +469,7 @@ def main():
         print(f"fineweb.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on")
+        leave("stopped: the same command goes on", 0)  # else Python may still report the signal as its exit status
     except OSError as e:
         sys.exit(f"fineweb.py: {e}. Complete shards are kept: make room, and the same command goes on")
 

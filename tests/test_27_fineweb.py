@@ -422,7 +422,7 @@ def test_too_many_requests_are_retried_then_said(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         env = environment(HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         done = subprocess.run([sys.executable, str(patient), "--dataset", "a/b"], cwd=tmp_path, capture_output=True,
-                              env={k: v for k, v in env.items() if k != "HF_HUB_OFFLINE"}, text=True, timeout=60)
+                              env={k: v for k, v in env.items() if "HF_HUB_" not in k}, text=True, timeout=60)
         server.shutdown()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "429" in done.stderr and "--files" in done.stderr.splitlines()[-1]
@@ -437,10 +437,12 @@ def test_stops_at_any_moment_end_in_time_and_in_peace(here):
     """A worker that is killed while it hands back its tokens leaves half of them in the pipe."""
     for i in range(12):
         process = start(here, f"any_moment_{i}")
-        time.sleep(0.4 + 0.13 * i)
+        assert "2 processes" in process.stdout.readline()            # it has begun
+        time.sleep(0.1 * i)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-        assert process.returncode == 0 and err == "", (i, err)
+        out, err = process.communicate(timeout=10)
+        assert "stopped" in out or "shards" in out, (i, out)         # or it was done, and Python on its way out
+        assert err == "" and (process.returncode == 0 or "shards" in out), (i, err)
 
 
 def test_parquet_of_other_types_of_text_and_of_none(enc, tmp_path, monkeypatch, capsys):
