@@ -117,7 +117,7 @@ def reading(path):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's are of these kinds, and so is a wrong encoding
+    except (OSError, ValueError, RuntimeError) as e:  # pyarrow's are of these kinds, and so is a wrong encoding
         raise UserError(f"cannot read {path}: {reason(e)}. Is it cut short, or of another kind?") from None
 
 def read_files(files, key, skip):
