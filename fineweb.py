@@ -394,7 +394,7 @@ def run(args):
     else:
         import datasets
         split = (hub(datasets.load_dataset_builder, args).info.splits or {}).get(args.split)
-        text, total = (split.num_bytes, split.num_examples) if split else (0, 0)  # 0: the Hub does not say
+        text, total = (split.num_bytes or 0, split.num_examples or 0) if split else (0, 0)  # 0: unknown
         chunks = read_hub(args, skip)
     # English has 4.5 bytes a token; other languages have fewer
     expected = max(min(int(text / 4.5), args.max_tokens or sys.maxsize), tokens)

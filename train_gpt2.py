@@ -137,7 +137,8 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Number of parameters, the tied matrix once, its padding not at all."""
-        return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.config.vocab_size:].numel()
+        padding = (self.lm_head.out_features - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def trunk(self, idx, pos=None, caches=None, mask=None):
         """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
@@ -737,7 +738,6 @@ def train(cfg, checkpoint, auto_batch):
     import torch.distributed.checkpoint.state_dict as dcp
     resumed = checkpoint if cfg.init_from == "scratch" else None
     (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
-    # Model, data, optimiser
     device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
     raw_model.checkpoint_activations = cfg.checkpoint_activations
     train_shards, val_shards = open_data(cfg.data, enc)
