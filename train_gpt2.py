@@ -19,7 +19,7 @@ Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al.
 Multitask Learners"; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
 """
 import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
-import shutil, signal, sys, time, warnings
+import shutil, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -148,22 +148,24 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
         mask = mask if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()                            # what is added to it has no more digits: half the bytes to move
         for i, block in enumerate(self.transformer.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint_activations(block, x, use_reentrant=False)
             else:
                 x = block(x, pos, mask, None if caches is None else caches[i])
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(x.to(self.lm_head.weight.dtype))
 
     def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size) for the token after each token of idx (B, T) int64, and their mean cross-entropy in
-        nats if there are targets (B, T); -100 is not counted. Raises UserError if T is more than block_size."""
-        logits = self.lm_head(self.trunk(idx))                                           # (B, T, rows of wte)
-        rows, loss = torch.arange(logits.size(-1), device=idx.device), None
-        if targets is not None:
-            masked = logits.masked_fill(rows >= self.config.vocab_size, -math.inf)       # padding has no probability
-            loss = F.cross_entropy(masked.view(-1, len(rows)), targets.flatten())
-        return logits[..., :self.config.vocab_size], loss
+        """Logits (B, T, vocab_size) for the token after each of idx (B, T) int64, and None. With targets (B, T): None
+        and their mean cross-entropy in nats, -100 not counted. Raises UserError if T is more than block_size."""
+        bias = self.lm_head.weight.new_zeros(self.lm_head.out_features)
+        bias[self.config.vocab_size:] = -math.inf                                        # padding has no probability
+        logits = F.linear(self.trunk(idx), self.lm_head.weight, bias)                    # (B, T, rows of wte)
+        if targets is None:
+            return logits[..., :self.config.vocab_size], None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # logits would get a gradient, too
 
     @classmethod
     def from_pretrained(cls, name, padded_vocab_size=0):
@@ -351,9 +353,8 @@ def send(batch, device):
 def configure_optimizer(model, lr, weight_decay):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas. Only matrices decay: a bias or a
     LayerNorm weight pulled towards 0 gains nothing."""
-    params = list(model.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # fused: one kernel for all
 
 def get_lr(step, cfg):
@@ -401,12 +402,10 @@ def autocast(device, dtype):
 def parallelize(model, cfg, device):
     """The model spread over the processes. ddp: each has all of it; gradients are averaged during the backward pass.
     fsdp: each has a share of all parameters, gradients, moments; a block is gathered for its turn, then dropped."""
-    if not dist.is_initialized():
-        return model.to(device)
     if cfg.parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model.to(device))
+        model.to(device)
+        return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     from torch.distributed.fsdp import fully_shard
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into our logits
     mesh = dist.init_device_mesh(device.type, (process()[2],))
     for module in [*model.transformer.h, model]:
         fully_shard(module, mesh=mesh)

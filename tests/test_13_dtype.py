@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from common import TINY, losses, optimizer_steps, parameters, run_here, short_text
+from train_gpt2 import GPT, GPTConfig, autocast
 
 
 @pytest.fixture
@@ -49,3 +50,22 @@ def test_the_matmuls_are_done_in_the_dtype_and_the_loss_in_float32(train, monkey
     monkeypatch.setattr(F, "cross_entropy", spy_loss)
     train(str(dtype)[6:], "--max_steps", "1")
     assert seen == {dtype}
+
+
+@pytest.mark.parametrize("dtype, stream", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+                                           (torch.float32, torch.float32)])
+def test_the_residual_stream_is_bfloat16_where_the_matmuls_are_and_its_end_is_float32(dtype, stream):
+    """Not float16: its largest number is 65504, and a stream that only ever grows may get there."""
+    model, seen = GPT(GPTConfig(8, 19, 2, 2, 8)), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _, args, out: seen.extend((args[0].dtype, out.dtype)))
+    with autocast(torch.device("cpu"), dtype):
+        end = model.trunk(torch.arange(8)[None])
+    assert seen == [stream] * 4 and end.dtype == torch.float32
+
+
+def test_logits_come_without_targets_and_the_loss_without_logits():
+    model, idx = GPT(GPTConfig(8, 19, 2, 2, 8)), torch.arange(8)[None]
+    (logits, no_loss), (no_logits, loss) = model(idx), model(idx, idx)
+    assert no_loss is None and no_logits is None
+    torch.testing.assert_close(loss, F.cross_entropy(logits[0], idx[0]))
