@@ -5,21 +5,17 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
     python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
     python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
-    python train_gpt2.py --data my.txt              the same on your own text
     python fineweb.py && python train_gpt2.py       one GPU: GPT-2 124M on the 10 B tokens of FineWeb-Edu, 19,073 steps
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
     python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
-    python train_gpt2.py --init_from gpt2 --data my.txt        fine-tune them on your own text
+    python train_gpt2.py --init_from gpt2 --data my.txt        your own text: fine-tune them; from scratch, without them
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte; --export DIR: for Hugging Face
 
 What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
-laptop run ends at a val loss of 1.32 to 1.33.
-
-Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners"; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
+laptop run ends at a val loss of 1.32 to 1.33. Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford
+et al. 2019; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
 """
-import argparse, codecs, contextlib, dataclasses, datetime, importlib.util, itertools, json, math, os, re
-import shutil, signal, sys, time
+import argparse, codecs, contextlib, dataclasses, importlib.util, json, math, os, re, shutil, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +175,9 @@ class GPT(nn.Module):
         except Exception as e:               # whatever the Hub, the disk or a broken file may raise
             raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
         c, theirs, fixed = theirs.config, theirs.state_dict(), GPT2Config().to_dict()
-        odd = [key for key in ("activation_function", "layer_norm_epsilon", "n_inner", "tie_word_embeddings",
-               "scale_attn_weights", "scale_attn_by_inverse_layer_idx") if getattr(c, key) != fixed[key]]
-        odd += info["missing_keys"]
+        odd = list(info["missing_keys"]) + [key for key in (
+            "activation_function", "layer_norm_epsilon", "n_inner", "tie_word_embeddings", "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx") if getattr(c, key) != fixed[key]]
         require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
         with torch.no_grad():
@@ -294,10 +290,9 @@ def open_data(path, enc):
 
 class DataLoaderLite:
     """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart. Windows begin at 0, T,
-    2T, ... of a shard; in an epoch each of each shard comes once. With a seed the order is shuffled, shards first, then
-    the windows of each. It follows from the seed and one position that all processes share: rank r takes the r-th B
-    windows of each global batch. So the number of processes does not change the batches, and to save the position is
-    enough. Raises UserError for too few data, or an id that is too large."""
+    2T, ... of a shard; in an epoch each comes once. With a seed, shards are shuffled, then the windows of each. The
+    order follows from seed and position, which all processes share: rank r takes the r-th B windows of a global batch.
+    So no number of processes changes the batches. Raises UserError for too few data, or an id that is too large."""
     def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
         self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
         self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
@@ -306,8 +301,7 @@ class DataLoaderLite:
         self.total = int(self.windows.sum())
         require(self.total >= B * world_size,
                 f"{name}: {sum(lengths):,} tokens, too few for {B * world_size} windows of T={T}: lower --batch_size")
-        self.position = 0                      # windows that all processes have taken since the run began
-        self._order, self._open = (None,), (None,)
+        self.position, self._order, self._open = 0, (None,), (None,)  # position: windows that all processes have taken
 
     def _tokens(self, shard):
         return open_shard(self.shards[shard]) if isinstance(self.shards[shard], Path) else self.shards[shard]
@@ -495,6 +489,8 @@ class TrainConfig:
     num_samples: int = flag(1, "texts to generate", 1)
     eval_only: bool = flag(False, "print the validation loss and exit")
     export: str = flag(None, "write a folder for Hugging Face transformers and exit")
+    wandb: bool = flag(False, "send what log.txt gets to Weights & Biases as well")
+    profile: bool = flag(False, "say where the time of forward and backward goes; the trace: log_dir/trace.json")
 
 # What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
 GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_every=1000)
@@ -503,9 +499,9 @@ RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3
            "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
 FINE_TUNE = dict(batch_size=8, total_batch_size=None, max_steps=200, warmup_steps=20, save_every=25, eval_every=25)
 SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
-MAY_CHANGE = ["max_steps", "batch_size", "dtype", "eval_every", "val_tokens", "hellaswag_every", "sample_every",
-              "save_every", "keep", "data", "temperature", "top_k", "top_p", "max_new_tokens", "num_samples"]
-NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only export".split()
+MAY_CHANGE = ("max_steps batch_size dtype eval_every val_tokens hellaswag_every sample_every save_every keep data "
+              "temperature top_k top_p max_new_tokens num_samples wandb").split()
+NOT_SAVED = "device compile parallel checkpoint_activations log_dir resume init_from prompt eval_only export profile"
 OUT_OF_MEMORY = "out of memory|can't allocate memory"
 FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
 
@@ -515,9 +511,7 @@ def configure(flags):
     look_only = cfg.prompt is not None or cfg.eval_only or cfg.export is not None
     restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
     def default(**values):
-        for key, value in values.items():
-            if getattr(cfg, key) is None:
-                setattr(cfg, key, value)
+        vars(cfg).update({key: value for key, value in values.items() if getattr(cfg, key) is None})
     # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
     newest = cfg.resume or restarted or look_only and not cfg.init_from
     checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
@@ -554,10 +548,9 @@ def configure(flags):
             f"{int(have[cfg.device])}: leave the flag out, or lower torchrun's --nproc_per_node")
     default(batch_size=4 if cfg.device != "cuda" and cfg.model != "demo" else None)  # GPT-2 at B=64 wants 80 GB
     unasked = {key for key, value in vars(cfg).items() if value is None}
-    recipe = RECIPES[cfg.model]
-    if cfg.init_from != "scratch":  # fine-tune: what it knows already is changed in few and small steps
-        recipe = recipe | FINE_TUNE | dict(max_lr=recipe["max_lr"] / 20)
-    default(**SIZES[cfg.model], **recipe)
+    recipe = RECIPES[cfg.model]  # fine-tuning: what it knows already is changed in few and small steps
+    fine_tune = FINE_TUNE | dict(max_lr=recipe["max_lr"] / 20) if cfg.init_from != "scratch" else {}
+    default(**SIZES[cfg.model], **recipe | fine_tune)
     default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10, hellaswag_every=250 if Path(cfg.data).is_dir() else 0)
     default(total_batch_size=cfg.batch_size * cfg.seq_len, eval_every=250)
     if "warmup_steps" in unasked:
@@ -577,8 +570,7 @@ def configure(flags):
         cfg.batch_size = next((B for B in range(min(cfg.batch_size, share), 1, -1) if share % B == 0), 1)
     unit = cfg.batch_size * cfg.seq_len * world_size
     require(look_only or cfg.total_batch_size % unit == 0,
-            f"total_batch_size={cfg.total_batch_size} is no multiple of batch_size * seq_len * {world_size} processes "
-            f"= {unit}: pass --total_batch_size {max(cfg.total_batch_size // unit, 1) * unit}")
+            f"--total_batch_size {cfg.total_batch_size}: must be a multiple of batch_size * seq_len * processes={unit}")
     if not look_only:
         try:
             Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
@@ -597,7 +589,7 @@ def set_up(cfg, checkpoint):
         store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts us with the old store, full of dead addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", dist.default_pg_timeout  # 30 minutes
         dist.init_process_group(backend, timeout=patience, world_size=world_size, rank=rank, store=store)
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
@@ -648,7 +640,7 @@ def export(model, enc, path, note):
     from transformers.convert_slow_tokenizer import TikTokenConverter
     c, eot = model.config, {f"{name}_token_id": enc.eot_token for name in ("bos", "eos", "pad")}
     shape = {key: getattr(c, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, **shape, **eot))
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, n_ctx=c.block_size, **shape, **eot))  # n_ctx: llama
     theirs.load_state_dict({key: w.t() if key.endswith(TRANSPOSED) else w[:c.vocab_size] if key.endswith(TIED) else w
                             for key, w in model.state_dict().items()})
     theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **eot)
@@ -685,22 +677,21 @@ def look(cfg, checkpoint):
 
 # Training -------------------------------------------------------------------------------------------------------------
 def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
-    """Two passes before the run. With auto_batch, the first halves cfg.batch_size until all have the memory. The second
-    shows DDP in which order gradients come: it sums in that order from then on, and step 0 must not be another."""
+    """Two passes before the run: with auto_batch, the first halves cfg.batch_size until all have the memory; the second
+    fixes the order in which DDP sums gradients, before step 0, and shows, with cfg.profile, where the time goes."""
     passes = 2
     while passes:
         parallel_model.require_backward_grad_sync, too_large = passes == 1, False
         try:
             moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # AdamW's
-            idx = torch.zeros(cfg.batch_size, cfg.seq_len, dtype=torch.int64, device=device)
-            with autocast(device, dtype):
-                _, loss = model(idx, idx)
-            loss.backward()
+            idx = torch.arange(cfg.batch_size * cfg.seq_len, device=device).view(cfg.batch_size, cfg.seq_len) % 256
+            with torch.profiler.profile() if cfg.profile else contextlib.nullcontext() as prof, autocast(device, dtype):
+                model(idx, idx)[1].backward()
         except RuntimeError as e:
             if not auto_batch or not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
                 raise
             too_large = True
-        moments = loss = None
+        moments = None
         parallel_model.zero_grad()
         torch.cuda.empty_cache()
         if summed(too_large, device=device)[0]:
@@ -708,12 +699,15 @@ def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
             print(f"out of memory: trying --batch_size {cfg.batch_size}")
         else:
             passes -= 1
+    if cfg.profile and process()[0] == 0:
+        prof.export_chrome_trace(str(Path(cfg.log_dir) / "trace.json"))
+        print(prof.key_averages().table(f"self_{device.type}_time_total", row_limit=15))
 
 def open_log(log_dir, step, resume):
     """log.txt, open for more rows; those from step on go, they will come again. An earlier run is moved aside first."""
     path, found = log_dir / "log.txt", checkpoints(log_dir)
     if (found or path.stat().st_size) and not (resume and found):
-        aside = next(p for n in itertools.count(1) if not (p := log_dir / f"earlier_run_{n}").exists())
+        aside = next(p for n in range(1, 10**9) if not (p := log_dir / f"earlier_run_{n}").exists())
         aside.mkdir()
         for old in [*found.values(), path]:
             old.rename(aside / old.name)
@@ -772,7 +766,18 @@ def train(cfg, checkpoint, auto_batch):
     x, y = send(train_loader.next_batch(), device)
     require(summed(start, device=device)[0] == start * world_size,
             f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
+    board = None
+    if cfg.wandb and rank == 0:
+        try:
+            board = importlib.import_module("wandb").init(project="gpt2", dir=log_dir, config=vars(cfg))
+        except Exception as e:          # it is not installed, there is no key, no network
+            raise UserError(f"--wandb: {e} (pip install wandb; wandb login; or WANDB_MODE=offline)") from None
     log = open_log(log_dir, start, start > 0) if rank == 0 else open(os.devnull, "w")
+    def record(stream, value, report):
+        print(f"step {step:5d} | {report}")
+        log.write(f"{step} {stream} {value:.6f}\n")
+        if board:
+            board.log({stream: value}, step=step)
     stop, stopping = [], False          # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
     def ask_to_stop(signum, frame):
         stop.append(signum)             # torchrun repeats what all have heard already, and kills them after 30 s
@@ -794,12 +799,10 @@ def train(cfg, checkpoint, auto_batch):
                 check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, log_dir)  # did the last step ruin it?
         if evaluating and not stopping:
             val_loss, report = evaluate(model, val_loader, cfg, enc, device, dtype)
-            print(f"step {step:5d} | {report}")
-            log.write(f"{step} val {val_loss:.6f}\n")
+            record("val", val_loss, report)
         if scoring and not stopping and items:
             acc, acc_norm = hellaswag.accuracies(raw_model, items, device, dtype)
-            print(f"step {step:5d} | HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
-            log.write(f"{step} hella {acc_norm:.4f}\n")
+            record("hella", acc_norm, f"HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
         if sampling and not stopping and step > 0:
             if cfg.parallel == "fsdp":
                 raw_model.unshard()     # generate() passes by the hook of the whole module, which would do it
@@ -816,13 +819,12 @@ def train(cfg, checkpoint, auto_batch):
                 "rng": {"cpu": torch.get_rng_state(), "cuda": device.type == "cuda" and torch.cuda.get_rng_state()},
                 "scaler": scaler.state_dict(), "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
                 "model_config": dataclasses.asdict(raw_model.config),
-                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED}}
+                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED.split()}}
             if rank == 0:
                 state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one matrix, written once
                 save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
-                kept = {s: path for s, path in checkpoints(log_dir).items() if s <= step and s != best_step}
-                for s in list(kept)[:-cfg.keep]:
-                    kept[s].unlink()
+                for path in [p for s, p in checkpoints(log_dir).items() if s <= step and s != best_step][:-cfg.keep]:
+                    path.unlink()
         if stopping or last_step:
             break
 
@@ -849,9 +851,8 @@ def train(cfg, checkpoint, auto_batch):
         norm, dt = norm.item(), time.perf_counter() - t0
         check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
         mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak / world_size:.1%}" if peak else ""
-        print(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
-              f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
-        log.write(f"{step} train {loss:.6f}\n")
+        record("train", loss, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
+               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
     if stopping:
         return print(f"stopped after {step:,} steps: --resume goes on from there")
     best = f"init_from {log_dir / f'model_{best_step:05d}.pt'}" if best_step > 0 else f"log_dir {log_dir}"

@@ -342,14 +342,14 @@ class Greedy(torch.nn.Linear):
 
 
 def test_the_batch_is_halved_until_it_fits_and_the_tokens_a_step_stay():
-    cfg, model = SimpleNamespace(batch_size=16, seq_len=8, total_batch_size=16 * 8), Greedy(2, 2)
+    cfg, model = SimpleNamespace(profile=False, batch_size=16, seq_len=8, total_batch_size=16 * 8), Greedy(2, 2)
     rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)
     assert (cfg.batch_size, cfg.total_batch_size) == (2, 16 * 8)
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())  # nothing of the trial is left
 
 
 def test_other_errors_and_a_batch_that_cannot_be_halved_are_raised():
-    cfg, model = SimpleNamespace(batch_size=12, seq_len=8, total_batch_size=12 * 8), Greedy(2, 2)
+    cfg, model = SimpleNamespace(profile=False, batch_size=12, seq_len=8, total_batch_size=12 * 8), Greedy(2, 2)
     with pytest.raises(RuntimeError, match="out of memory"):
         rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)  # 12, 6, 3
     model.forward = lambda x, y: (None, 1 / 0)

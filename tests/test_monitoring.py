@@ -1,0 +1,64 @@
+"""Looking into a run while it lasts: Weights & Biases and the profiler, both only when asked for."""
+import json
+
+import pytest
+
+from common import TINY, losses, run, short_text
+
+FAKE_WANDB = """
+import json, pathlib
+class Run:
+    def log(self, values, step):
+        with open("calls.txt", "a") as f:
+            f.write(json.dumps([step, values]) + chr(10))
+def init(project, dir, config):
+    pathlib.Path("init.txt").write_text(json.dumps([str(dir), config["max_steps"]]))
+    return Run()
+"""
+FLAGS = [*TINY, "--eval_every", "3", "--val_tokens", "2000", "--sample_every", "0", "--save_every", "0"]
+
+
+def test_wandb_gets_the_rows_of_the_log(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    run(*FLAGS, "--wandb", cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
+    assert json.loads((tmp_path / "init.txt").read_text()) == ["log", 6]
+    rows = [row.split() for row in (tmp_path / "log" / "log.txt").read_text().splitlines()]
+    calls = [json.loads(line) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    assert [(int(step), stream) for step, stream, _ in rows] == [(step, *values) for step, values in calls]
+    for (_, stream, value), (_, values) in zip(rows, calls, strict=True):
+        assert values[stream] == pytest.approx(float(value), abs=1e-6)
+    assert {stream for _, stream, _ in rows} == {"train", "val"}
+
+
+def test_wandb_itself_keeps_an_offline_run(tmp_path):
+    pytest.importorskip("wandb")
+    done = run(*FLAGS, "--wandb", cwd=short_text(tmp_path), WANDB_MODE="offline")
+    files = list((tmp_path / "log" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 0 and len(losses(done.stdout)) == 6
+
+
+@pytest.mark.parametrize("module, says", [("raise ImportError('no such package')", "no such package"),
+                                          ("def init(**_): raise ValueError('No API key')", "No API key")])
+def test_no_wandb_to_be_had_is_one_line_and_no_run(tmp_path, module, says):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(module)
+    done = run(*FLAGS, "--wandb", cwd=short_text(tmp_path), check=False, PYTHONPATH=str(tmp_path / "modules"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert says in done.stderr and "WANDB_MODE=offline" in done.stderr and not losses(done.stdout)
+
+
+def test_without_the_flag_wandb_is_not_even_imported(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text("raise SystemExit('imported')")
+    run(*FLAGS, cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
+
+
+def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path):
+    profiled = run(*FLAGS, "--profile", "--log_dir", "a", cwd=short_text(tmp_path))
+    plain = run(*FLAGS, "--log_dir", "b", cwd=tmp_path)
+    assert "Self CPU" in profiled.stdout and "aten::addmm" in profiled.stdout and "aten::addmm" not in plain.stdout
+    names = {event.get("name") for event in json.loads((tmp_path / "a" / "trace.json").read_text())["traceEvents"]}
+    assert {"aten::linear", "aten::native_layer_norm", "autograd::engine::evaluate_function: AddmmBackward0"} <= names
+    assert not (tmp_path / "b" / "trace.json").exists()
+    assert (tmp_path / "a" / "log.txt").read_bytes() == (tmp_path / "b" / "log.txt").read_bytes()
