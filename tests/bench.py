@@ -1,0 +1,173 @@
+"""How fast is it on this machine? Prints Markdown tables, each side by side with what it is compared with.
+
+    python tests/bench.py train                   a training step, against a textbook GPT-2 with autocast, compiled
+    python tests/bench.py train --model gpt2-xl   the other sizes; --batch_size is halved until it fits
+    python tests/bench.py generate                new tokens a second, against transformers' generate()
+
+On a CPU, training is timed with the demo's shape, and nothing is compiled. Both models of `train` have the same weights,
+see the same batches in turn (ours, the textbook's, ours, ...), and their losses are printed: they must agree.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig
+
+
+class TextbookBlock(nn.Module):
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(C, 3 * C), c_proj=nn.Linear(C, C)))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(C, 4 * C), c_proj=nn.Linear(4 * C, C)))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.attn.c_attn(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class TextbookGPT(nn.Module):
+    """GPT-2 as one writes it down: float32 between the matmuls, logits and loss returned, the padding left to training."""
+
+    def __init__(self, c):
+        super().__init__()
+        rows = c.padded_vocab_size
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(rows, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList(TextbookBlock(c.n_embd, c.n_head) for _ in range(c.n_layer)), ln_f=nn.LayerNorm(c.n_embd)))
+        self.lm_head = nn.Linear(c.n_embd, rows, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def forward(self, idx, targets):
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def train_step(model, optimizer, loader, device, dtype, accumulate):
+    """One optimiser step: its time in seconds, and its loss."""
+    wait(device)
+    t0, total = time.perf_counter(), 0.0
+    for _ in range(accumulate):
+        x, y = train_gpt2.send(loader.next_batch(), device)
+        with train_gpt2.autocast(device, dtype):
+            _, loss = model(x, y)
+        loss = loss / accumulate
+        total += loss.detach()
+        loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    total = total.item()
+    return time.perf_counter() - t0, total
+
+
+def bench_train(args, device, dtype):
+    name = args.model or ("gpt2" if device.type == "cuda" else "demo")
+    B = args.batch_size or train_gpt2.RECIPES[name]["batch_size"]
+    enc = train_gpt2.get_tokenizer("byte" if name == "demo" else "gpt2")
+    config = GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=-(-enc.n_vocab // 64) * 64, **train_gpt2.SIZES[name])
+    T, compiles = config.block_size, device.type == "cuda"
+    total = args.total_batch_size or (2**19 if device.type == "cuda" else B * T)
+    text = train_gpt2.open_data(Path(__file__).resolve().parent.parent / "input.txt", enc)[0]
+    torch.manual_seed(0)
+    models = {"train_gpt2.py": GPT(config), "textbook": TextbookGPT(config)}
+    models["textbook"].load_state_dict(models["train_gpt2.py"].state_dict())
+    if args.alone:
+        del models["textbook"]
+    runs = {}
+    for key, model in models.items():
+        model.to(device)
+        loader = train_gpt2.DataLoaderLite(text, B, T, enc.n_vocab, seed=0)
+        optimizer = train_gpt2.configure_optimizer(model, 6e-4, 0.1)
+        t0 = time.perf_counter()
+        step = (torch.compile(model, dynamic=False) if compiles else model, optimizer, loader, device, dtype,
+                max(total // (B * T), 1))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - sum(p.numel() * 4 for p in model.parameters())
+        losses = [train_step(*step)[1] for _ in range(2)]                    # compiles, makes AdamW's moments
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0
+        runs[key] = dict(step=step, losses=losses, peak=peak, first=time.perf_counter() - t0, times=[])
+    for _ in range(args.steps):
+        for run in runs.values():
+            seconds, loss = train_step(*run["step"])
+            run["times"].append(seconds)
+            run["losses"].append(loss)
+    flops = train_gpt2.flops_per_token(GPT(config), T)
+    ceiling, tokens = train_gpt2.peak_flops(device), B * T * step[-1]
+    print(f"\n{name}, B={B}, T={T}, {tokens:,} tokens a step, {str(dtype)[6:]}, median of {args.steps} steps (fastest, "
+          f"slowest)\n\n| | ms a step | tokens/s | MFU | peak memory | first two steps | losses |\n|" + " --- |" * 7)
+    for key, run in runs.items():
+        median = statistics.median(run["times"])
+        mfu = f"{flops * tokens / median / ceiling:.1%}" if ceiling else "?"
+        print(f"| {key} | {median * 1e3:,.1f} ({min(run['times']) * 1e3:,.1f}, {max(run['times']) * 1e3:,.1f}) | "
+              f"{tokens / median:,.0f} | {mfu} | {run['peak']:.1f} GiB | {run['first']:.0f} s | "
+              + " ".join(f"{loss:.3f}" for loss in run["losses"][:4]) + " |")
+
+
+@torch.no_grad()
+def bench_generate(args, device, dtype):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(padded_vocab_size=50304)).to(device).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=None, pad_token_id=0)).to(device).eval()
+    n = args.new_tokens
+    print(f"\ngpt2, float32, a prompt of 64 tokens, {n} new ones, greedy: new tokens a second of the whole batch (second "
+          "of two runs)\n\n| batch | train_gpt2.py | transformers | transformers, static cache |\n|" + " --- |" * 4)
+    for batch in args.batches:
+        prompts = torch.randint(0, 50257, (batch, 64), generator=torch.Generator().manual_seed(1))
+        idx = prompts.to(device)
+        greedy = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(idx))
+        kinds = [lambda: list(ours.generate(prompts.tolist(), n, temperature=0)), lambda: theirs.generate(idx, **greedy),
+                 lambda: theirs.generate(idx, **greedy, cache_implementation="static")]
+        speeds = []
+        for kind in kinds[:2] if args.alone else kinds:
+            for _ in range(2):
+                wait(device)
+                t0 = time.perf_counter()
+                kind()
+                wait(device)
+                speed = batch * n / (time.perf_counter() - t0)
+            speeds.append(f"{speed:,.1f}")
+        print(f"| {batch} | " + " | ".join(speeds) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "generate"])
+    parser.add_argument("--model", choices=list(train_gpt2.SIZES), help="train: size (GPU: gpt2, CPU: demo)")
+    parser.add_argument("--batch_size", type=int, help="train: B (the size's own)")
+    parser.add_argument("--total_batch_size", type=int, help="train: tokens a step (GPU: 524288, CPU: B * T)")
+    parser.add_argument("--steps", type=int, default=10, help="train: steps to time (10)")
+    parser.add_argument("--alone", action="store_true", help="without the textbook model, or without the static cache")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="generate: batch sizes (1 8 64)")
+    parser.add_argument("--new_tokens", type=int, default=128, help="generate: new tokens (128)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if bf16 else torch.float16
+    dict(train=bench_train, generate=bench_generate)[args.what](args, device, dtype)
