@@ -44,6 +44,7 @@ def test_hugging_face_loads_the_same_model(enc, tmp_path):
     model = model_for(enc)
     theirs, _ = exported(model, enc, tmp_path / "hf")
     assert theirs.config.vocab_size == enc.n_vocab == theirs.lm_head.weight.size(0)  # without the padding
+    assert theirs.config.n_ctx == theirs.config.n_positions  # which llama.cpp's converter reads
     idx = torch.randint(enc.n_vocab, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, logits_of(model, idx), atol=1e-4, rtol=1e-5)
