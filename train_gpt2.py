@@ -701,7 +701,7 @@ def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
             passes -= 1
     if cfg.profile and process()[0] == 0:
         prof.export_chrome_trace(str(Path(cfg.log_dir) / "trace.json"))
-        print(prof.key_averages().table(f"self_{device.type}_time_total", row_limit=15))
+        print(prof.key_averages().table(f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total", row_limit=15))
 
 def open_log(log_dir, step, resume):
     """log.txt, open for more rows; those from step on go, they will come again. An earlier run is moved aside first."""
@@ -762,16 +762,16 @@ def train(cfg, checkpoint, auto_batch):
             torch.cuda.set_rng_state(resumed["rng"]["cuda"])
     print(f"resumed from step {start:,}" if start else "starting from step 0")
     del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
-    position = train_loader.position
-    x, y = send(train_loader.next_batch(), device)
+    position, (x, y) = train_loader.position, send(train_loader.next_batch(), device)
     require(summed(start, device=device)[0] == start * world_size,
             f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
-    board = None
+    board = refused = None
     if cfg.wandb and rank == 0:
         try:
             board = importlib.import_module("wandb").init(project="gpt2", dir=log_dir, config=vars(cfg))
         except Exception as e:          # it is not installed, there is no key, no network
-            raise UserError(f"--wandb: {e} (pip install wandb; wandb login; or WANDB_MODE=offline)") from None
+            refused = f"{f'{e!s} '.splitlines()[0]}: pip install wandb, wandb login, WANDB_MODE=offline, or --no-wandb"
+    require(not summed(refused is not None, device=device)[0], f"--wandb: {refused or 'see rank 0'}")
     log = open_log(log_dir, start, start > 0) if rank == 0 else open(os.devnull, "w")
     def record(stream, value, report):
         print(f"step {step:5d} | {report}")

@@ -1,7 +1,7 @@
 """How fast is it on this machine? Prints Markdown tables, each side by side with what it is compared with.
 
     python tests/bench.py train                   a training step, against a textbook GPT-2 with autocast, compiled
-    python tests/bench.py train --model gpt2-xl   the other sizes; --batch_size is halved until it fits
+    python tests/bench.py train --model gpt2-xl   the other sizes; a lower --batch_size if the memory does not hold it
     python tests/bench.py generate                new tokens a second, against transformers' generate()
 
 On a CPU, training is timed with the demo's shape, and nothing is compiled. Both models of `train` have the same weights,

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from common import TINY, losses, run, short_text
+from common import TINY, losses, run, short_text, torchrun
 
 FAKE_WANDB = """
 import json, pathlib
@@ -38,8 +38,34 @@ def test_wandb_itself_keeps_an_offline_run(tmp_path):
     assert len(files) == 1 and files[0].stat().st_size > 0 and len(losses(done.stdout)) == 6
 
 
+def test_two_processes_have_one_board_and_give_up_together(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    short_text(tmp_path)
+    torchrun(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, PYTHONPATH=str(tmp_path / "modules"))
+    rows = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    assert len((tmp_path / "calls.txt").read_text().splitlines()) == len(rows) == 9
+    (tmp_path / "modules" / "wandb.py").write_text("def init(**_): raise ValueError('No API key')")
+    done = torchrun(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, check=False,
+                    PYTHONPATH=str(tmp_path / "modules"))
+    assert done.returncode and "No API key" in done.stderr and "[rank1]: Traceback" not in done.stderr
+    assert (tmp_path / "log" / "log.txt").read_text().splitlines() == rows  # the earlier run stays where it was
+
+
+def test_a_run_that_goes_on_has_the_board_of_its_flags_and_is_not_profiled_again(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    flags = [*FLAGS[:-1], "3"]                              # --save_every 3
+    run(*flags, "--wandb", "--profile", cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
+    (tmp_path / "modules" / "wandb.py").write_text("raise ImportError('gone')")
+    refused = run("--resume", "--max_steps", "8", cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path / "modules"))
+    assert refused.returncode == 2 and "gone" in refused.stderr and "--no-wandb" in refused.stderr
+    done = run("--resume", "--max_steps", "8", "--no-wandb", cwd=tmp_path, PYTHONPATH=str(tmp_path / "modules"))
+    assert len(losses(done.stdout)) == 2 and "Self CPU" not in done.stdout
+
+
 @pytest.mark.parametrize("module, says", [("raise ImportError('no such package')", "no such package"),
-                                          ("def init(**_): raise ValueError('No API key')", "No API key")])
+                                          ("def init(**_): raise ValueError('No API key' + chr(10) + 'Longer')", "No API key")])
 def test_no_wandb_to_be_had_is_one_line_and_no_run(tmp_path, module, says):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(module)
