@@ -538,7 +538,7 @@ def configure(flags):
                     **{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
     candidates = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
     default(data=[*candidates, str(Path(__file__).with_name("input.txt"))][0], init_from="scratch")
-    require(cfg.prompt is not None or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
+    require(cfg.prompt is not None or cfg.export or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
     large = pretrained or Path(cfg.data).is_dir()
     default(tokenizer="gpt2" if large else "byte",
             model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")

@@ -94,6 +94,11 @@ def test_the_flag_writes_a_folder_with_a_card_and_takes_nobodys_place(here):
     assert not (here / "my_model.tmp").exists()
 
 
+def test_the_training_text_need_not_be_there_any_more(here, tmp_path):
+    done = run("--log_dir", here / "log", "--export", "elsewhere", cwd=tmp_path)
+    assert "exported to elsewhere" in done.stdout and (tmp_path / "elsewhere" / "config.json").exists()
+
+
 def test_init_from_the_folder_speaks_as_the_checkpoint_does(here, monkeypatch, capsys):
     capsys.readouterr()
     said = []

@@ -1,4 +1,5 @@
-"""play.ipynb runs from top to bottom as it stands, with no network, and what it shows is stored in it."""
+"""play.ipynb runs from top to bottom as it stands, with no network, and what it shows is stored in it. (The longest test:
+its name puts it first, so that others run beside it.)"""
 import os
 import re
 import shutil
