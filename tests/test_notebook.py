@@ -1,5 +1,4 @@
-"""play.ipynb runs from top to bottom as it stands, with no network, and what it shows is stored in it. (The longest test:
-its name puts it first, so that others run beside it.)"""
+"""play.ipynb runs from top to bottom as it stands, with no network, and what it shows is stored in it."""
 import os
 import re
 import shutil
