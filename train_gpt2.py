@@ -145,7 +145,7 @@ class GPT(nn.Module):
         mask = mask if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()                             # half the bytes to move; the loss shows no difference
+            x = x.bfloat16()                             # half the bytes to move; losses differ less than seeds do
         for i, block in enumerate(self.transformer.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint_activations(block, x, use_reentrant=False)
@@ -157,7 +157,7 @@ class GPT(nn.Module):
         """Logits (B, T, vocab_size) for the token after each of idx (B, T) int64, and None. With targets (B, T): None
         and their mean cross-entropy in nats, -100 not counted. Raises UserError if T is more than block_size."""
         bias = self.lm_head.weight.new_zeros(self.lm_head.out_features)
-        bias[self.config.vocab_size:] = -math.inf  # padding has no probability; the matmul adds a bias for nothing
+        bias[self.config.vocab_size:] = -math.inf  # padding has no probability: free, as the matmul's bias
         logits = F.linear(self.trunk(idx), self.lm_head.weight, bias)                    # (B, T, rows of wte)
         if targets is None:
             return logits[..., :self.config.vocab_size], None
@@ -640,7 +640,7 @@ def export(model, enc, path, note):
     from transformers.convert_slow_tokenizer import TikTokenConverter
     c, eot = model.config, {f"{name}_token_id": enc.eot_token for name in ("bos", "eos", "pad")}
     shape = {key: getattr(c, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, n_ctx=c.block_size, **shape, **eot))  # ctx: for GGUF
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, n_ctx=c.block_size, **shape, **eot))  # as GGUF wants
     theirs.load_state_dict({key: w.t() if key.endswith(TRANSPOSED) else w[:c.vocab_size] if key.endswith(TIED) else w
                             for key, w in model.state_dict().items()})
     theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **eot)
