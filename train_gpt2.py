@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from tqdm import tqdm
 
 class UserError(ValueError):
@@ -56,8 +55,7 @@ SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124 M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355 M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774 M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),      # 1,558 M
-}
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024)}      # 1,558 M
 
 class CausalSelfAttention(nn.Module):
     """Every token looks back: it compares its query with the keys of the tokens before it and its own, and takes in the
@@ -69,14 +67,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, pos=None, mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). With cache (2, B, block_size, nh, hs), keys and values of earlier tokens, x are new
+        """x (B, T, C) -> (B, T, C). With cache (2, B, keys, nh, hs), keys and values of earlier tokens, x are new
         tokens at the positions pos (B, T), which may look where mask (B, 1, T, keys) is True."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in (q, k, v))            # (B, T, nh, hs)
         if cache is not None:
             cache[:, torch.arange(B, device=x.device)[:, None], pos] = torch.stack((k, v)).to(cache.dtype)
-            k, v = cache[:, :, :mask.size(3)]                                                 # (B, keys, nh, hs)
+            k, v = cache                                                                      # (B, keys, nh, hs)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T, hs)
         # Flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v tile by tile, never holding the (T, T) matrix.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -137,18 +135,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def trunk(self, idx, pos=None, caches=None, mask=None):
-        """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, block_size, nh, hs), idx are new
+        """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, keys, nh, hs), idx are new
         tokens at pos (B, T). With pos and mask (B, 1, T, T), T may be above block_size; else that raises UserError."""
         T, S = idx.size(1), self.config.block_size
         require(T <= S or mask is not None, f"T={T} is longer than block_size={S}: pass less")
         pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
-        mask = mask if caches is None else torch.arange(int(pos.max()) + 1, device=idx.device) <= pos[:, None, :, None]
+        mask = mask if caches is None else torch.arange(caches.size(3), device=idx.device) <= pos[:, None, :, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
             x = x.bfloat16()                             # half the bytes to move; losses differ less than seeds do
         for i, block in enumerate(self.transformer.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint_activations(block, x, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, pos, mask, None if caches is None else caches[i])
         return self.transformer.ln_f(x.to(self.lm_head.weight.dtype))
@@ -175,9 +173,8 @@ class GPT(nn.Module):
         except Exception as e:               # whatever the Hub, the disk or a broken file may raise
             raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
         c, theirs, fixed = theirs.config, theirs.state_dict(), GPT2Config().to_dict()
-        odd = list(info["missing_keys"]) + [key for key in (
-            "activation_function", "layer_norm_epsilon", "n_inner", "tie_word_embeddings", "scale_attn_weights",
-            "scale_attn_by_inverse_layer_idx") if getattr(c, key) != fixed[key]]
+        odd = [*info["missing_keys"]] + [k for k in ("activation_function", "layer_norm_epsilon", "tie_word_embeddings",
+            "n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx") if getattr(c, k) != fixed[k]]
         require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
         with torch.no_grad():
@@ -187,28 +184,37 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=None,
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=-1,
                  use_cache=True):
         """Continue prompts, lists of ids of any lengths but 0: an iterator over new tokens, a (B,) tensor each.
         temperature 0 takes the likeliest token; top_k keeps the k likeliest (0: all); top_p the fewest that hold p of
-        the probability (Holtzman et al. 2020, arXiv:1904.09751). After eot_token a row repeats it; when all rows have,
-        the iterator ends. generator is on the model's device. Without use_cache each token begins all over again."""
+        the probability (Holtzman et al. 2020, arXiv:1904.09751). After eot_token (-1: none) a row repeats it; when all
+        have, the iterator ends. generator is on the model's device. Without use_cache each token begins anew."""
         device, S, caches, c = self.lm_head.weight.device, self.config.block_size, None, self.config
         rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         require(all(rows), "a prompt is empty: begin it with eot_token")
         for _ in range(max_new_tokens):
+            longest = max(map(len, rows))
             # Learned positions cannot slide: past block_size, every token begins anew with the last block_size tokens.
-            if caches is None or not use_cache or max(map(len, rows)) > S:
+            if caches is None or not use_cache or longest > S:
                 caches = torch.zeros(c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head, device=device)
-                new, start = [row[-S:] for row in rows], [0] * len(rows)
+                graph, new, start = None, [row[-S:] for row in rows], [0] * len(rows)
             else:
                 new, start = [row[-1:] for row in rows], [len(row) - 1 for row in rows]
             T = max(map(len, new))  # short rows are filled up at the right, where no token sees the filling
             idx = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)  # (B, T)
             pos = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-            last = torch.tensor([len(row) - 1 for row in new], device=device)
-            x = self.trunk(idx, pos, caches)[torch.arange(len(rows)), last]    # (B, C)
-            logits = self.lm_head(x)[:, :self.config.vocab_size].float()       # (B, vocab_size)
+            if device.type != "cuda" or not any(start):
+                x = self.trunk(idx, pos, caches[:, :, :, :longest])  # (B, T, C)
+            else:  # A GPU is done before Python has started its next kernel. So all are recorded once, then replayed.
+                if graph is None or longest > kv.size(3):          # attention over fixed shapes, 256 keys a stage
+                    graph, inputs, kv = torch.cuda.CUDAGraph(), (idx, pos), caches[:, :, :, :longest // 256 * 256 + 256]
+                    self.trunk(*inputs, kv)                        # what happens but once must not be recorded
+                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                        x = self.trunk(*inputs, kv)                # (B, 1, C)
+                inputs[0].copy_(idx), inputs[1].copy_(pos)
+                graph.replay()
+            logits = self.lm_head(x[range(len(rows)), [len(row) - 1 for row in new]])[:, :c.vocab_size].float()
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -221,14 +227,12 @@ class GPT(nn.Module):
                     drop = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)             # p was reached before this one
                     logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
                 token = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator).squeeze(1)
-            if eot_token is not None:
-                token = token.masked_fill(done, eot_token)
-                done = done | (token == eot_token)
+            token = token.masked_fill(done, eot_token)
+            done = done | (token == eot_token)
             yield token
             if done.all():
                 return
-            for row, t in zip(rows, token.tolist()):
-                row.append(t)
+            rows = [row + [t] for row, t in zip(rows, token.tolist())]
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
 def get_tokenizer(name):
@@ -245,11 +249,10 @@ def get_tokenizer(name):
 
 def stream_text(model, enc, prompt, cfg, seed):
     """Continue prompt: an iterator over pieces of text. A character split over tokens waits until it is whole."""
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)  # not the global one: training uses that
+    rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed)  # not the global one: training uses that
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ids = enc.encode_ordinary(prompt) or [enc.eot_token]   # <|endoftext|> stands before every document
-    for token in model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
-                                enc.eot_token):
+    for token in model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, rng, enc.eot_token):
         if token.item() != enc.eot_token:
             yield utf8.decode(enc.decode_single_token_bytes(token.item()))
     yield utf8.decode(b"", final=True)
@@ -322,9 +325,8 @@ class DataLoaderLite:
         _, tokens, windows = self._open
         start = int(windows[position - ends[nth] + self.windows[shard]]) * self.T
         window = tokens[start:start + self.T + 1]
-        require(window.max() < self.vocab_size,
-                f"{getattr(tokens, 'filename', self.name)}: id {window.max()} is outside the vocabulary of "
-                f"{self.vocab_size}: wrong --tokenizer?")
+        require(window.max() < self.vocab_size, f"{getattr(tokens, 'filename', self.name)}: id {window.max()} is "
+                f"outside the vocabulary of {self.vocab_size}: wrong --tokenizer?")
         return window
 
     def batch(self, position, n):
@@ -539,9 +541,8 @@ def configure(flags):
     candidates = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
     default(data=[*candidates, str(Path(__file__).with_name("input.txt"))][0], init_from="scratch")
     require(cfg.prompt is not None or cfg.export or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
-    large = pretrained or Path(cfg.data).is_dir()
-    default(tokenizer="gpt2" if large else "byte",
-            model=cfg.init_from if cfg.init_from in SIZES else "gpt2" if large else "demo")
+    size = "gpt2" if pretrained or Path(cfg.data).is_dir() else "demo"
+    default(tokenizer="byte" if size == "demo" else "gpt2", model=cfg.init_from if cfg.init_from in SIZES else size)
     have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": 999}
     default(device=next(name for name in have if have[name]))
     require(local_rank < have[cfg.device], f"--device {cfg.device}: this machine, or this build of PyTorch, has "
@@ -749,7 +750,6 @@ def train(cfg, checkpoint, auto_batch):
     accumulate, tokens = cfg.total_batch_size // (B * T * world_size), train_loader.total * T
     print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {world_size} x {B} x {T} | {tokens:,} training "
           f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
-    # Where to begin
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file under ddp and fsdp
     start, best_loss, best_step = 0, math.inf, -1
     if resumed:

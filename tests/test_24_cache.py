@@ -1,5 +1,6 @@
 """The KV cache saves work and nothing else: the text is the one that comes without it."""
 import pytest
+import torch
 
 from common import generate, naive, talkative
 from train_gpt2 import GPT, GPTConfig
@@ -38,3 +39,13 @@ def test_two_generations_at_once_do_not_share_a_cache(model):
     one, two = ([t.item() for t in model.generate([p], 10, temperature=0)] for p in ([7], [3, 1, 4]))
     both = zip(model.generate([[7]], 10, temperature=0), model.generate([[3, 1, 4]], 10, temperature=0))
     assert [(a.item(), b.item()) for a, b in both] == list(zip(one, two))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs CUDA")
+def test_a_replayed_step_is_the_one_that_python_would_have_started():
+    model = talkative(GPT(GPTConfig(block_size=600, vocab_size=V, n_layer=2, n_head=2, n_embd=16)), seed=2).cuda()
+    steps = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: steps.append(out.size(1)))
+    cached = generate(model, [[3, 1, 4], [7]], 620, temperature=0)  # two stages of keys, then past block_size
+    assert len(steps) < 2 * 3 + 40              # Python started the prompt, two passes a stage, and what is past the end
+    assert cached == generate(model, [[3, 1, 4], [7]], 620, temperature=0, use_cache=False)

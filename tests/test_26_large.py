@@ -254,7 +254,7 @@ def test_checkpointed_activations_keep_one_input_for_each_block():
 def test_checkpointed_activations_leave_generation_and_evaluation_alone(monkeypatch):
     model, plain, idx = small(), small(), torch.randint(64, (2, 32))
     model.checkpoint_activations = True
-    monkeypatch.setattr(train_gpt2, "checkpoint_activations", None)  # nothing is kept here: there is none to save
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", None)  # nothing is kept here: there is none to save
     with torch.no_grad():
         assert torch.equal(model(idx)[0], plain(idx)[0])
     texts = [[t.tolist() for t in m.generate([[1, 2, 3], [4]], 40, temperature=0)] for m in (model, plain)]
@@ -262,8 +262,8 @@ def test_checkpointed_activations_leave_generation_and_evaluation_alone(monkeypa
 
 
 def test_the_flag_reaches_the_model(here, monkeypatch):
-    blocks, original = [], train_gpt2.checkpoint_activations
-    monkeypatch.setattr(train_gpt2, "checkpoint_activations",
+    blocks, original = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint",
                         lambda block, *args, **kwargs: blocks.append(block) or original(block, *args, **kwargs))
     flags = [*SHAPE, "--batch_size", "2", "--max_steps", "1", "--sample_every", "0"]
     run_here(monkeypatch, here, *flags, "--log_dir", "kept")
