@@ -2,8 +2,11 @@
 import shutil
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-from common import TINY, losses, run, short_text
+from common import TINY, logits_of, losses, randomise, run, short_text
+from train_gpt2 import GPT, GPTConfig
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="needs a C++ compiler")
@@ -18,3 +21,26 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
     for a, b in zip(*reports, strict=True):
         assert float(a.split()[5]) == pytest.approx(float(b.split()[5]), abs=1.5e-4)
     assert ("sample:" in compiled) == ("sample:" in plain)
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+def test_the_loss_by_hand_is_cross_entropy(monkeypatch, scale):
+    """Gradients too, with targets that do not count, and with tokens held for impossible: a loss of up to 133."""
+    config = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16, padded_vocab_size=64)
+    model = randomise(GPT(config))
+    with torch.no_grad():
+        model.lm_head.weight *= scale
+    idx, targets = torch.randint(0, 50, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    targets[1, 5:], calls, cross_entropy = -100, [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: calls.append(1) or cross_entropy(*args))
+    results = []
+    for forward in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = forward(idx, targets)[1]
+        loss.backward()
+        results.append((loss.detach(), *(p.grad.clone() for p in model.parameters())))
+    assert len(calls) == 1  # the compiled one does not call it
+    with torch.no_grad():
+        worst = cross_entropy(logits_of(model, idx).flatten(0, 1), targets.flatten(), reduction="none").max().item()
+    assert scale == 1 or 120 < worst < 160
+    torch.testing.assert_close(*results, rtol=2e-4, atol=1e-6)
