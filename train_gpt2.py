@@ -45,8 +45,7 @@ class GPTConfig:
     padded_vocab_size: int = 0  # rows of wte, if more than vocab_size: 50304 = 786 * 64 suits a GPU, 50257 is odd
 
     def __post_init__(self):
-        require(self.n_head > 0 and self.n_embd % self.n_head == 0,
-                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: heads share it equally")
+        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         require(self.padded_vocab_size == 0 or self.padded_vocab_size >= self.vocab_size,
                 f"vocab_size={self.vocab_size} is over {self.padded_vocab_size}: wrong tokenizer?")
 
@@ -142,11 +141,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
             x = x.bfloat16()                             # half the bytes to move; losses differ less than seeds do
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, pos, mask, None if caches is None else caches[i])
+            args = x, pos, mask, None if caches is None else caches[i]
+            x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return self.transformer.ln_f(x.to(self.lm_head.weight.dtype))
 
     def forward(self, idx, targets=None):
@@ -223,8 +221,7 @@ class GPT(nn.Module):
             else:
                 logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
                 if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
+                    logits = logits.masked_fill(logits < logits.topk(min(top_k, c.vocab_size))[0][:, -1:], -math.inf)
                 if top_p < 1:
                     probs, order = F.softmax(logits, dim=-1).sort(descending=True, stable=True)
                     drop = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)             # p was reached before this one
@@ -264,6 +261,8 @@ def stream_text(model, enc, prompt, cfg, seed):
 def open_shard(path):
     """Token ids of one shard, (n,) uint16, mapped from disk: only what is indexed is read. Raises UserError.
     .npy as numpy writes it, or .bin as llm.c writes it: 256 int32 (20240520, 1, n, ...), then n uint16."""
+    if isinstance(path, np.ndarray):
+        return path  # a text's ids are in memory already
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
@@ -278,20 +277,17 @@ def open_shard(path):
     return tokens
 
 def open_data(path, enc):
-    """The training and the validation split, each a list of shards: paths out of a folder, or one array of a text's
-    ids, nine tenths and one tenth. One process reads the text and tells the others. Raises UserError."""
+    """Training and validation split, lists of shards: paths in a folder, or one array of a text. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         shards = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".bin"))
         return ([p for p in shards if p.name.rfind("train") > p.name.rfind("val")],
                 [p for p in shards if p.name.rfind("val") > p.name.rfind("train")])
     try:
-        tokens = [process()[0] or enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())]
+        tokens = enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
-    if dist.is_initialized():
-        dist.broadcast_object_list(tokens)  # from rank 0
-    tokens, n = tokens[0], len(tokens[0]) * 9 // 10
+    n = len(tokens) * 9 // 10
     return [tokens[:n]], [tokens[n:]]
 
 class DataLoaderLite:
@@ -302,29 +298,26 @@ class DataLoaderLite:
     def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
         self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
         self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
-        lengths = [len(self._tokens(i)) for i in range(len(shards))]
+        lengths = [len(open_shard(shard)) for shard in shards]
         self.windows = np.array([max(n - 1, 0) // T for n in lengths])
         self.total = int(self.windows.sum())
         require(self.total >= B * world_size,
                 f"{name}: {sum(lengths):,} tokens, too few for {B * world_size} windows of T={T}: lower --batch_size")
         self.position, self._order, self._open = 0, (None,), (None,)  # position: windows that all processes have taken
 
-    def _tokens(self, shard):
-        return open_shard(self.shards[shard]) if isinstance(self.shards[shard], Path) else self.shards[shard]
-
-    def _permutation(self, n, *key):
+    def _perm(self, n, *key):
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, *key]).permutation(n)
 
     def window(self, epoch, position):
         """The T+1 tokens at a position of an epoch."""
         if self._order[0] != epoch:
-            shards = self._permutation(len(self.shards), epoch)
+            shards = self._perm(len(self.shards), epoch)
             self._order = epoch, shards, np.cumsum(self.windows[shards])
         _, shards, ends = self._order
         nth = int(np.searchsorted(ends, position, side="right"))
         shard = int(shards[nth])
         if self._open[0] != (epoch, shard):    # one shard at a time stays open
-            self._open = (epoch, shard), self._tokens(shard), self._permutation(self.windows[shard], epoch, shard)
+            self._open = (epoch, shard), open_shard(self.shards[shard]), self._perm(self.windows[shard], epoch, shard)
         _, tokens, windows = self._open
         start = int(windows[position - ends[nth] + self.windows[shard]]) * self.T
         window = tokens[start:start + self.T + 1]
@@ -360,9 +353,7 @@ def get_lr(step, cfg):
     """The learning rate of a step: 1) up in a line, 2) down along a cosine, 3) from max_steps on, min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
-    if step >= cfg.max_steps:
-        return cfg.min_lr
-    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # 0 .. 1
+    progress = min((step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1), 1)  # 0 .. 1, and no further
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -401,8 +392,7 @@ def parallelize(model, cfg, device):
     """The model spread over the processes. ddp: each has all of it; gradients are averaged during the backward pass.
     fsdp: each has a share of all parameters, gradients, moments; a block is gathered for its turn, then dropped."""
     if cfg.parallel == "ddp":
-        model.to(device)
-        return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+        return nn.parallel.DistributedDataParallel(model.to(device)) if dist.is_initialized() else model.to(device)
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(device.type, (process()[2],))
     for module in [*model.transformer.h, model]:
@@ -412,7 +402,7 @@ def parallelize(model, cfg, device):
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Write state to path. It is complete on disk beside path before it takes path's name."""
-    beside = path.with_suffix(".tmp")
+    beside = path.with_name("model.tmp")  # whatever a kill left of an earlier one, this overwrites
     try:
         with open(beside, "wb") as f:
             torch.save(state, f)
@@ -584,8 +574,7 @@ def configure(flags):
 
 def set_up(cfg, checkpoint):
     """device, dtype, whether to compile, tokenizer, model (CPU, float32). Under torchrun, all processes meet here."""
-    local_rank = process()[1]
-    device = torch.device(cfg.device, local_rank) if cfg.device == "cuda" else torch.device(cfg.device)
+    device = torch.device(cfg.device, process()[1]) if cfg.device == "cuda" else torch.device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)          # one GPU for each process
     if "RANK" in os.environ:
@@ -600,8 +589,6 @@ def set_up(cfg, checkpoint):
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
     compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
     torch.manual_seed(cfg.seed)
-    if local_rank > 0:
-        dist.barrier()                         # one process of each node goes first: what it downloads, the others find
     enc = get_tokenizer(cfg.tokenizer)
     padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
     if checkpoint:
@@ -612,21 +599,18 @@ def set_up(cfg, checkpoint):
     else:
         model = GPT.from_pretrained(cfg.init_from, padded)
         require(model.config.vocab_size == enc.n_vocab, f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}")
-    if local_rank == 0 and dist.is_initialized():
-        dist.barrier()
     return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile, enc, model
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, enc, device, dtype):
-    """Mean loss in nats per token over the first val_tokens of a loader's data, and a line that says it in three ways.
-    The same windows for any batch size and number of processes. What fills up the last batches is not counted."""
+    """Mean loss in nats per token over the first val_tokens of a loader's data, by all processes, and a line on it."""
     rank, _, world_size = process()
     bytes_of = np.array([(i != enc.eot_token) * len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     windows, B, sums = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size, np.zeros(3)
     passes = range(rank * B, windows + rank * B, world_size * B)
     for first in tqdm(passes, "validation", leave=False, delay=1, disable=rank > 0 or None):
         x, y = loader.batch(first, B)
-        y[max(windows - first, 0):] = -100  # what cross_entropy leaves out
+        y[max(windows - first, 0):] = -100  # fills up the last batch, is not counted
         with autocast(device, dtype):
             _, loss = model(*send((x, y), device))
         count = int((y >= 0).sum())
@@ -714,8 +698,6 @@ def open_log(log_dir, step, resume):
         for old in [*found.values(), path]:
             old.rename(aside / old.name)
         print(f"{log_dir} held an earlier run: it is in {aside} now")
-    for cut_short in log_dir.glob("model_*.tmp"):  # by a kill
-        cut_short.unlink()
     rows = path.read_text().splitlines(True) if path.exists() else []
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(r for r in rows if re.fullmatch(r"\d+ \w+ \S+\n", r) and int(r.split()[0]) < step))
@@ -791,7 +773,6 @@ def train(cfg, checkpoint, auto_batch):
     peak, flops = peak_flops(device), flops_per_token(raw_model, T)
     for step in range(start, cfg.max_steps + 1):
         last_step, val_loss = step == cfg.max_steps, None
-        # Once in a while: how good is it? What does it say? Keep it.
         evaluating, scoring, sampling, saving = (every and (step % every == 0 or last_step) for every in (
             cfg.eval_every, cfg.hellaswag_every, cfg.sample_every, cfg.save_every))
         if step > 0 and (stopping or evaluating or scoring or sampling or saving):

@@ -138,36 +138,13 @@ def test_the_number_of_processes_does_not_change_the_training(here, whole, alone
         assert_same_run(whole(n)[0], here / "one")
 
 
-def test_without_batch_flags_two_processes_share_the_step_of_one_and_one_at_a_time_fetches_and_tokenizes(here, alone):
+def test_without_batch_flags_two_processes_share_the_step_of_one(here, alone):
     flags = [flag for flag in RUN if flag not in ("--batch_size", "4", "--total_batch_size", "512")]
     flags = [*flags[:flags.index("--save_every")], "--eval_every", "4"]
-    script = wrapper(here, """
-import tiktoken
-def note(*what):
-    with open("notes", "a") as f:
-        print(rank, *what, file=f)
-get_tokenizer, encode = train_gpt2.get_tokenizer, tiktoken.Encoding.encode_to_numpy
-def slow(name):
-    begin = time.time()
-    time.sleep(0.5)
-    enc = get_tokenizer(name)
-    note("fetched", begin, time.time())
-    return enc
-def encode_to_numpy(self, text, **kwargs):
-    note("tokenized", len(text))
-    return encode(self, text, **kwargs)
-train_gpt2.get_tokenizer, tiktoken.Encoding.encode_to_numpy = slow, encode_to_numpy
-""")
-    out = torchrun(2, *flags, "--log_dir", "unasked_2", cwd=here, script=script).stdout
+    out = torchrun(2, *flags, "--log_dir", "unasked_2", cwd=here).stdout
     assert "256 tokens a step = 1 x 2 x 4 x 32" in out
     assert "256 tokens a step = 1 x 1 x 8 x 32" in alone(*flags, "--log_dir", "unasked_1").out
     assert_same_run(here / "unasked_2", here / "unasked_1")
-
-    notes = [line.split() for line in (here / "notes").read_text().splitlines()]
-    fetched = {int(rank): (float(w[0]), float(w[1])) for rank, what, *w in notes if what == "fetched"}
-    assert fetched.keys() == {0, 1}
-    assert fetched[0][1] <= fetched[1][0]  # the download is there before the other looks
-    assert [rank for rank, what, *_ in notes if what == "tokenized"] == ["0"]
 
 
 def test_gradients_are_averaged_once_a_step_and_not_once_a_micro_step(world_of_one, monkeypatch):
