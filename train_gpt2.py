@@ -743,7 +743,7 @@ def train(cfg, checkpoint, auto_batch):
         if device.type == "cuda" and torch.is_tensor(resumed["rng"]["cuda"]):
             torch.cuda.set_rng_state(resumed["rng"]["cuda"])
     print(f"resumed from step {start:,}" if start else "starting from step 0")
-    del checkpoint, resumed             # a copy of model and optimiser that is no longer needed
+    (checkpoint or {}).clear()          # a copy of model and optimiser that is no longer needed, but main() holds on to
     position, (x, y) = train_loader.position, send(train_loader.next_batch(), device)
     require(summed(start, device=device)[0] == start * world_size,
             f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")

@@ -134,6 +134,15 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_changes_nothing(tr
     same(last(here / "new"), last(whole))
 
 
+def test_resume_holds_no_copy_of_the_checkpoint_while_it_trains(train, cut_off, monkeypatch):
+    """It would be half as much again as the model and its moments."""
+    used, held = [], []
+    monkeypatch.setattr(train_gpt2, "load_checkpoint", lambda path: used.append(load_checkpoint(path)) or used[-1])
+    with optimizer_steps(before=lambda optimizer: held.append(len(used[0]))):
+        train("--resume", "--log_dir", cut_off)
+    assert held[-4:] == [0] * 4  # before them comes one that only makes the moments
+
+
 def test_resume_restores_the_random_generator(train, cut_off):
     state = last(cut_off, 2)
     state["rng"]["cpu"] = torch.Generator().manual_seed(99).get_state()
