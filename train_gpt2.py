@@ -672,7 +672,7 @@ def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
             moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # AdamW's
             idx = torch.arange(cfg.batch_size * cfg.seq_len, device=device).view(cfg.batch_size, cfg.seq_len) % 256
             with torch.profiler.profile() if cfg.profile else contextlib.nullcontext() as prof, autocast(device, dtype):
-                model(idx, idx)[1].backward()
+                model(idx, idx.clone())[1].backward()  # of one tensor taken twice, compile would make a case of its own
         except RuntimeError as e:
             if not auto_batch or not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
                 raise
