@@ -159,7 +159,7 @@ class GPT(nn.Module):
             return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         # Compiled, the same is faster by hand: softmax(z) = softmax(z - m) for any m that keeps exp() in range. A row's
         # largest z does, but must be found first. The target's own, plus 80, is at hand, and does up to a loss of 168.
-        z = logits.float() - (logits.detach().gather(2, targets.clamp(min=0)[..., None]) + 80)
+        z = logits.float() - (logits.detach().gather(2, targets.clamp(min=0)[..., None]).float() + 80)
         return None, F.nll_loss((z - z.exp().sum(dim=-1, keepdim=True).log()).flatten(0, 1), targets.flatten())
 
     @classmethod

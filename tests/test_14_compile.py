@@ -11,7 +11,8 @@ from train_gpt2 import GPT, GPTConfig
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
-    done = [run(*TINY, flag, cwd=short_text(tmp_path), TORCH_LOGS="recompiles") for flag in ("--no-compile", "--compile")]
+    done = [run(*TINY, flag, cwd=short_text(tmp_path), TORCH_LOGS="recompiles") for flag in
+            ("--no-compile", "--compile")]
     plain, compiled = (d.stdout for d in done)
     assert done[1].stderr.count("Recompiling function") == 1, done[1].stderr  # for evaluation, which wants no gradient
     assert ", compiled" in compiled and ", compiled" not in plain
@@ -46,3 +47,18 @@ def test_the_loss_by_hand_is_cross_entropy(monkeypatch, scale):
         worst = cross_entropy(logits_of(model, idx).flatten(0, 1), targets.flatten(), reduction="none").max().item()
     assert scale == 1 or 120 < worst < 160
     torch.testing.assert_close(*results, rtol=2e-4, atol=1e-6)
+
+
+def test_the_shift_is_float32_where_the_logits_are_not():
+    """In bfloat16, torch 2.11's kernel on a GPU sums with the shift unrounded and keeps it rounded for the backward pass."""
+    shifts = []
+
+    def look(graph, inputs):
+        shifts.extend(node.meta["example_value"].dtype for node in graph.graph.nodes if 80 in node.args)
+        return graph
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16, padded_vocab_size=64))
+    idx = torch.arange(16).view(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, backend=look)(idx, idx + 1)
+    assert shifts == [torch.float32]
