@@ -141,24 +141,24 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
             x = x.bfloat16()                             # half the bytes to move; losses differ less than seeds do
-        again = self.checkpoint_activations and torch.is_grad_enabled()
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()  # each block again in backward, for memory
         for i, block in enumerate(self.transformer.h):
-            args = x, pos, mask, None if caches is None else caches[i]
-            x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+            args = (x, pos, mask, None if caches is None else caches[i])
+            x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.transformer.ln_f(x.to(self.lm_head.weight.dtype))
 
     def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size) for the token after each of idx (B, T) int64, and None. With targets (B, T): None
-        and their mean cross-entropy in nats, -100 not counted. Raises UserError if T is more than block_size."""
+        """(logits, None): logits (B, T, vocab_size) for the token after each of idx (B, T) int64. With targets (B, T):
+        (None, loss), their mean cross-entropy in nats; -100 is not counted. UserError if T is more than block_size."""
         bias = self.lm_head.weight.new_zeros(self.lm_head.out_features)
         bias[self.config.vocab_size:] = -math.inf  # padding has no probability: free, as the matmul's bias
         logits = F.linear(self.trunk(idx), self.lm_head.weight, bias)                    # (B, T, rows of wte)
         if targets is None:
             return logits[..., :self.config.vocab_size], None
-        if not torch.compiler.is_compiling():            # logits are not returned: they would be given a gradient of 0s
-            return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        # Compiled, the same is faster by hand: softmax(z) = softmax(z - m) for any m that keeps exp() in range. A row's
-        # largest z does, but must be found first. The target's own, plus 80, is at hand, and does up to a loss of 168.
+        if not torch.compiler.is_compiling():
+            return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # unused logits get a gradient of 0s
+        # Compiled, faster by hand: softmax(logits) = softmax(logits - m) for any m. float32 holds exp(-87) to exp(88):
+        # m = the target's logit + 80, at hand without a search, lets the other logits be up to 168 above the target's.
         z = logits.float() - (logits.detach().gather(2, targets.clamp(min=0)[..., None]).float() + 80)
         return None, F.nll_loss((z - z.exp().sum(dim=-1, keepdim=True).log()).flatten(0, 1), targets.flatten())
 
@@ -212,7 +212,7 @@ class GPT(nn.Module):
                     graph, inputs, kv = torch.cuda.CUDAGraph(), (idx, pos), caches[:, :, :, :longest // 256 * 256 + 256]
                     self.trunk(*inputs, kv)                        # what happens but once must not be recorded
                     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                        x = self.trunk(*inputs, kv)                # (B, 1, C)
+                        x = self.trunk(*inputs, kv)            # (B, 1, C): each replay() writes into this same x
                 inputs[0].copy_(idx), inputs[1].copy_(pos)
                 graph.replay()
             logits = self.lm_head(x[range(len(rows)), [len(row) - 1 for row in new]])[:, :c.vocab_size].float()
@@ -353,7 +353,7 @@ def get_lr(step, cfg):
     """The learning rate of a step: 1) up in a line, 2) down along a cosine, 3) from max_steps on, min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
-    progress = min((step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1), 1)  # 0 .. 1, and no further
+    progress = 1 if step >= cfg.max_steps else (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def parallelize(model, cfg, device):
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Write state to path. It is complete on disk beside path before it takes path's name."""
-    beside = path.with_name("model.tmp")  # whatever a kill left of an earlier one, this overwrites
+    beside = path.with_name("model.tmp")  # the same for all: what a kill left of one, the next overwrites
     try:
         with open(beside, "wb") as f:
             torch.save(state, f)
@@ -603,7 +603,7 @@ def set_up(cfg, checkpoint):
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, enc, device, dtype):
-    """Mean loss in nats per token over the first val_tokens of a loader's data, by all processes, and a line on it."""
+    """(loss, report): nats per token, a mean over the loader's first val_tokens, shared out among the processes."""
     rank, _, world_size = process()
     bytes_of = np.array([(i != enc.eot_token) * len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     windows, B, sums = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size, np.zeros(3)
@@ -663,16 +663,16 @@ def look(cfg, checkpoint):
 
 # Training -------------------------------------------------------------------------------------------------------------
 def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
-    """Two passes before the run: with auto_batch, the first halves cfg.batch_size until all have the memory; the second
-    fixes the order in which DDP sums gradients, before step 0, and shows, with cfg.profile, where the time goes."""
+    """Two trial passes. In the first, with auto_batch, cfg.batch_size is halved until every process has the memory. In
+    the second DDP settles the order in which it sums gradients, and cfg.profile shows where the time goes."""
     passes = 2
     while passes:
         parallel_model.require_backward_grad_sync, too_large = passes == 1, False
         try:
-            moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # AdamW's
+            moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # room AdamW needs
             idx = torch.arange(cfg.batch_size * cfg.seq_len, device=device).view(cfg.batch_size, cfg.seq_len) % 256
             with torch.profiler.profile() if cfg.profile else contextlib.nullcontext() as prof, autocast(device, dtype):
-                model(idx, idx.clone())[1].backward()  # of one tensor taken twice, compile would make a case of its own
+                model(idx, idx.clone())[1].backward()  # y another tensor than x, as in training: else it compiles twice
         except RuntimeError as e:
             if not auto_batch or not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
                 raise
@@ -743,7 +743,7 @@ def train(cfg, checkpoint, auto_batch):
         if device.type == "cuda" and torch.is_tensor(resumed["rng"]["cuda"]):
             torch.cuda.set_rng_state(resumed["rng"]["cuda"])
     print(f"resumed from step {start:,}" if start else "starting from step 0")
-    (checkpoint or {}).clear()          # a copy of model and optimiser that is no longer needed, but main() holds on to
+    (checkpoint or {}).clear()          # frees a copy of model and moments; main() holds the dict, so del would not
     position, (x, y) = train_loader.position, send(train_loader.next_batch(), device)
     require(summed(start, device=device)[0] == start * world_size,
             f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
