@@ -195,7 +195,7 @@ def checkpoint(path, tokenizer="byte", **kwargs):
                                  max_steps=9, warmup_steps=0, max_lr=1e-3, min_lr=1e-4, save_every=1)
     torch.save({"format": train_gpt2.FORMAT, "step": 5, "model": model.state_dict(),
                 "model_config": dataclasses.asdict(model.config),
-                "config": {k: v for k, v in vars(cfg).items() if k not in train_gpt2.NOT_SAVED.split()}}, path)
+                "config": {k: v for k, v in vars(cfg).items() if k not in train_gpt2.UNSAVED.split()}}, path)
     return path
 
 
