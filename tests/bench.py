@@ -95,6 +95,10 @@ def bench_train(args, device, dtype):
     models["textbook"].load_state_dict(models["train_gpt2.py"].state_dict())
     if args.alone:
         del models["textbook"]
+    if args.fp8:
+        models["train_gpt2.py --fp8"] = GPT(config)
+        models["train_gpt2.py --fp8"].load_state_dict(models["train_gpt2.py"].state_dict())
+        models["train_gpt2.py --fp8"].fp8 = True
     runs = {}
     for key, model in models.items():
         model.to(device)
@@ -161,6 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--total_batch_size", type=int, help="train: tokens a step (GPU: 524288, CPU: B * T)")
     parser.add_argument("--steps", type=int, default=10, help="train: steps to time (10)")
     parser.add_argument("--alone", action="store_true", help="without the textbook model, or without the static cache")
+    parser.add_argument("--fp8", action="store_true", help="train: one more row, as --fp8 trains (H100 or newer)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="generate: batch sizes (1 8 64)")
     parser.add_argument("--new_tokens", type=int, default=128, help="generate: new tokens (128)")
     args = parser.parse_args()
