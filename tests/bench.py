@@ -173,6 +173,8 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    if args.fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        parser.error("--fp8 needs an H100 or newer")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if bf16 else torch.float16
     dict(train=bench_train, generate=bench_generate)[args.what](args, device, dtype)

@@ -50,7 +50,7 @@ def test_the_loss_by_hand_is_cross_entropy(monkeypatch, scale):
 
 
 def test_the_shift_is_float32_where_the_logits_are_not():
-    """In bfloat16, torch 2.11's kernel on a GPU sums with the shift unrounded and keeps it rounded for the backward pass."""
+    """In bfloat16, torch 2.11 on a GPU sums with the shift unrounded, and keeps it rounded for the backward pass."""
     shifts = []
 
     def look(graph, inputs):

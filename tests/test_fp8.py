@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import train_gpt2
 from common import ROOT, TINY, loader_of, logits_of, optimizer_of, run, run_here, short_text
 from train_gpt2 import GPT, FP8Linear, GPTConfig
 
@@ -79,6 +80,16 @@ def test_a_model_learns_as_well_with_it():
             optimizer.zero_grad()
         final.append(loss.item())
     assert final[0] < 3.5 and final[1] == pytest.approx(final[0], rel=0.02)
+
+
+def test_the_flag_reaches_the_model_and_a_resumed_run_asks_for_it_again(tmp_path, monkeypatch, capsys):
+    calls, scaled_mm, require = [], torch._scaled_mm, train_gpt2.require
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(1) or scaled_mm(*args, **kwargs))
+    monkeypatch.setattr(train_gpt2, "require", lambda ok, what: what.startswith("--fp8") or require(ok, what))
+    for flags, expected in (["--fp8", "--max_steps", "3"], True), (["--resume", "--max_steps", "6"], False):
+        run_here(monkeypatch, short_text(tmp_path), *TINY, "--dtype", "bfloat16", *flags)
+        assert (", fp8" in capsys.readouterr().out) == bool(calls) == expected
+        calls.clear()
 
 
 def test_elsewhere_it_is_refused(tmp_path):
