@@ -1,5 +1,4 @@
-"""
-GPT-2 in one file: the model, its data, its training, its sampling. Read it top to bottom, or step by step in the git
+"""GPT-2 in one file: the model, its data, its training, its sampling. Read it top to bottom, or step by step in the git
 history (`git log --reverse`): each commit there adds one idea and says what it changed.
 
     python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
@@ -11,10 +10,9 @@ history (`git log --reverse`): each commit there adds one idea and says what it 
     python train_gpt2.py --init_from gpt2 --data my.txt        your own text: fine-tune them; from scratch, without them
     python train_gpt2.py --eval_only                val loss, perplexity, bits per byte; --export DIR: for Hugging Face
 
-What to expect: an untrained model's loss is about ln(vocab_size), 5.55 for bytes and 10.82 for GPT-2's vocabulary. The
-laptop run ends at a val loss of 1.32 to 1.33. Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford
-et al. 2019; GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165).
-"""
+An untrained model's loss is about ln(vocab_size): 5.55 for bytes, 10.82 for GPT-2's vocabulary. The laptop run ends at
+a val loss of 1.32 to 1.33. Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al. 2019;
+GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165)."""
 import argparse, codecs, contextlib, dataclasses, importlib.util, json, math, os, re, shutil, signal, sys, time
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def require(condition, message):
 # The model ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class GPTConfig:
-    """The shape of a GPT; GPT-2 124M by default. In shapes, B are sequences, T tokens, C = nh * hs heads of size hs."""
+    """The shape of a GPT; GPT-2 124M by default. Shapes: B sequences, T tokens each; C = nh * hs, nh heads of hs."""
     block_size: int = 1024      # the longest T; each position has a learned vector
     vocab_size: int = 50257     # ids the tokenizer has: 256 bytes + 50,000 merges + <|endoftext|>
     n_layer: int = 12
@@ -45,8 +43,6 @@ class GPTConfig:
 
     def __post_init__(self):
         require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
-        require(self.padded_vocab_size == 0 or self.padded_vocab_size >= self.vocab_size,
-                f"vocab_size={self.vocab_size} is over {self.padded_vocab_size}: wrong tokenizer?")
 
 SIZES = {
     "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128),             # 0.4 M parameters
@@ -72,10 +68,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[:, torch.arange(B, device=x.device)[:, None], pos] = torch.stack((k, v)).to(cache.dtype)
             k, v = cache                                                                      # (B, keys, nh, hs)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T, hs)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T or keys, hs)
         # Flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v tile by tile, never holding the (T, T) matrix.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                                # heads side by side
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                                # (B, T, C), side by side
 
 class MLP(nn.Module):
     """Every token thinks by itself: C -> 4 C -> C."""
@@ -124,7 +120,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        rows = config.padded_vocab_size or config.vocab_size
+        rows = max(config.padded_vocab_size, config.vocab_size)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(rows, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -133,8 +129,7 @@ class GPT(nn.Module):
         self.checkpoint_activations = self.fp8 = False     # train() sets them from its flags of these names
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
-        # Each block adds two terms to the residual stream, and their variances add up. So what writes to the stream is
-        # drawn smaller the more blocks there are, and the stream ends as large after 48 of them as after 12.
+        # A block adds two terms to the residual stream; variances add up: / sqrt(2 n_layer) undoes that at any depth.
         for name, p in self.named_parameters():            # the tied matrix comes once
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -212,8 +207,7 @@ class GPT(nn.Module):
         require(all(rows), "a prompt is empty: begin it with eot_token")
         for _ in range(max_new_tokens):
             longest = max(map(len, rows))
-            # Learned positions cannot slide: past block_size, every token begins anew with the last block_size tokens.
-            if caches is None or not use_cache or longest > S:
+            if caches is None or not use_cache or longest > S:  # past S, as positions cannot slide, all begins anew
                 caches = torch.zeros(c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head, device=device)
                 graph, new, start = None, [row[-S:] for row in rows], [0] * len(rows)
             else:
@@ -349,9 +343,8 @@ class DataLoaderLite:
 
     def next_batch(self):
         """This rank's part of the next global batch: x, y, each (B, T) int64."""
-        x, y = self.batch(self.position + self.rank * self.B, self.B)
-        self.position += self.B * self.world_size
-        return x, y
+        position, self.position = self.position, self.position + self.B * self.world_size
+        return self.batch(position + self.rank * self.B, self.B)
 
 def send(batch, device):
     """x, y on the device. From pinned memory the copy to a GPU can run while the GPU computes."""
@@ -373,13 +366,12 @@ def get_lr(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 # The machine ----------------------------------------------------------------------------------------------------------
-# Dense bf16 (fp16 where there is no bf16) TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"V100": 125, "V100-PCIE": 112, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362,
     "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
     "RTX 3060": 25.5, "RTX 3090": 71, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5}
 
 def peak_flops(device):
-    """FLOP/s the device can do at best, or None where this file does not know."""
+    """FLOP/s at best, from NVIDIA's data sheets: dense bf16 (or else fp16), float32 sums. None if not known here."""
     name = re.sub("NVIDIA |GeForce |Tesla |-..GB", "", torch.cuda.get_device_name() if device.type == "cuda" else "")
     tflops = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(re.split("[- ]", name)[0])  # "H100 80GB HBM3" is an H100
     return tflops * 1e12 if tflops and "MIG" not in name else None                # MIG: a slice of a GPU
@@ -523,7 +515,6 @@ def configure(flags):
     restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
     def default(**values):
         vars(cfg).update({key: value for key, value in values.items() if getattr(cfg, key) is None})
-    # A checkpoint brings its configuration; only what MAY_CHANGE may differ from it.
     newest = cfg.resume or restarted or look_only and not cfg.init_from
     checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
     if restarted and not cfg.resume and checkpoint and checkpoint["run"] != os.environ.get("TORCHELASTIC_RUN_ID"):
@@ -534,7 +525,7 @@ def configure(flags):
     elif cfg.init_from and cfg.init_from.endswith(".pt"):
         checkpoint = load_checkpoint(Path(cfg.init_from))
         keys = list(checkpoint["config"]) if look_only else SHAPE
-    for key in keys:
+    for key in keys:  # a checkpoint brings its configuration; only what MAY_CHANGE may differ from it
         value = checkpoint["config"][key]
         setattr(cfg, key, flags.get(key, value))
         require(getattr(cfg, key) == value or key in MAY_CHANGE or (look_only and key not in SHAPE),
@@ -736,18 +727,17 @@ def train(cfg, checkpoint, auto_batch):
     (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
     device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
     raw_model.checkpoint_activations, raw_model.fp8 = cfg.checkpoint_activations, cfg.fp8
-    train_shards, val_shards = open_data(cfg.data, enc)
-    T, V = cfg.seq_len, enc.n_vocab
+    (train_shards, val_shards), T, V = open_data(cfg.data, enc), cfg.seq_len, enc.n_vocab
     train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", rank, world_size, cfg.seed)
     val_loader = DataLoaderLite(val_shards, 1, T, V, f"{cfg.data} (val)")
-    parallel_model = parallelize(raw_model, cfg, device)
-    model = torch.compile(parallel_model, dynamic=False) if compiles else parallel_model  # one shape, one graph
+    parallel = parallelize(raw_model, cfg, device)
+    model = torch.compile(parallel, dynamic=False) if compiles else parallel  # for the training shape only
     optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
     kind = "shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
     print(f"training {cfg.model} on {cfg.data}, {kind}\n{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer "
           f"{enc.name} | {world_size} x {device.type}, {str(dtype)[6:]}{', fp8' * cfg.fp8}{', compiled' * compiles}")
-    rehearse(model, parallel_model, cfg, device, dtype, auto_batch and cfg.parallel == "ddp")
+    rehearse(model, parallel, cfg, device, dtype, auto_batch and cfg.parallel == "ddp")
     B = train_loader.B = cfg.batch_size
     accumulate, tokens = cfg.total_batch_size // (B * T * world_size), train_loader.total * T
     print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {world_size} x {B} x {T} | {tokens:,} training "
@@ -812,13 +802,12 @@ def train(cfg, checkpoint, auto_batch):
         if step > 0 and (stopping or saving):
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_step = val_loss, step
-            state = {
-                "format": FORMAT, "step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
+            state = {"step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
                 "model": dcp.get_model_state_dict(raw_model, options=whole),
                 "optimizer": dcp.get_optimizer_state_dict(raw_model, optimizer, options=whole),
                 "rng": {"cpu": torch.get_rng_state(), "cuda": device.type == "cuda" and torch.cuda.get_rng_state()},
                 "scaler": scaler.state_dict(), "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
-                "model_config": dataclasses.asdict(raw_model.config),
+                "format": FORMAT, "model_config": dataclasses.asdict(raw_model.config),
                 "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNSAVED.split()}}
             if rank == 0:
                 state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one matrix, written once
@@ -827,11 +816,10 @@ def train(cfg, checkpoint, auto_batch):
                     path.unlink()
         if stopping or last_step:
             break
-
         # One step: the gradient of the mean loss over total_batch_size tokens, gathered in several passes
         t0, loss_sum = time.perf_counter(), 0.0
         for micro_step in range(accumulate):
-            parallel_model.require_backward_grad_sync = micro_step == accumulate - 1  # DDP: one average a step
+            parallel.require_backward_grad_sync = micro_step == accumulate - 1  # DDP: one average a step
             with autocast(device, dtype):
                 _, loss = model(x, y)
             loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
@@ -846,17 +834,15 @@ def train(cfg, checkpoint, auto_batch):
         scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # All processes need the same answers. item() waits for the GPU, and so the clock does, too.
-        loss, stopping = summed(loss_sum.item() / world_size, len(stop), device=device)
-        norm, dt = norm.item(), time.perf_counter() - t0
+        loss, stopping = summed(loss_sum.item() / world_size, len(stop), device=device)  # all must stop alike
+        norm, dt = norm.item(), time.perf_counter() - t0  # after item() the GPU is done: dt is all of the step
         check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
         mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak / world_size:.1%}" if peak else ""
         record("train", loss, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
                f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
-    if stopping:
-        return print(f"stopped after {step:,} steps: --resume goes on from there")
     best = f"init_from {log_dir / f'model_{best_step:05d}.pt'}" if best_step > 0 else f"log_dir {log_dir}"
-    print(f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --{best} --prompt Once")
+    print(f"stopped after {step:,} steps: --resume goes on from there" if stopping else
+          f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --{best} --prompt Once")
 
 # Command line ---------------------------------------------------------------------------------------------------------
 def main():
