@@ -143,6 +143,16 @@ def test_a_folder_that_is_no_gpt2_is_refused_in_one_line(here, name):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("vocab_size", [31, 1000])  # fewer rows than the bytes' 320, and more
+def test_weights_for_another_tokenizer_are_refused_in_one_line(here, tmp_path, vocab_size):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=16, n_layer=1, n_head=2, n_embd=8)).save_pretrained(
+        tmp_path / "theirs")
+    done = run("--init_from", tmp_path / "theirs", "--tokenizer", "byte", "--prompt", "x", cwd=here, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"train_gpt2.py: --tokenizer byte is not that of {tmp_path / 'theirs'}\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may write anywhere")
 def test_a_log_dir_that_may_not_be_written_is_said_in_one_line(here, tmp_path):
     tmp_path.chmod(0o500)
