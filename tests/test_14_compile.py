@@ -27,22 +27,23 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [1, 60])
-def test_the_loss_by_hand_is_cross_entropy(monkeypatch, scale):
+def test_gelu_and_the_loss_by_hand_are_the_librarys(monkeypatch, scale):
     """Gradients too, with targets that do not count, and with tokens held for impossible: a loss of up to 133."""
     config = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16, padded_vocab_size=64)
     model = randomise(GPT(config))
     with torch.no_grad():
         model.lm_head.weight *= scale
     idx, targets = torch.randint(0, 50, (2, 4, 8), generator=torch.Generator().manual_seed(0))
-    targets[1, 5:], calls, cross_entropy = -100, [], F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda *args: calls.append(1) or cross_entropy(*args))
+    targets[1, 5:], calls, cross_entropy, gelu = -100, [], F.cross_entropy, F.gelu
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: calls.append("loss") or cross_entropy(*args))
+    monkeypatch.setattr(F, "gelu", lambda *args, **kwargs: calls.append("gelu") or gelu(*args, **kwargs))
     results = []
     for forward in (model, torch.compile(model, backend="eager")):
         model.zero_grad()
         loss = forward(idx, targets)[1]
         loss.backward()
         results.append((loss.detach(), *(p.grad.clone() for p in model.parameters())))
-    assert len(calls) == 1  # the compiled one does not call it
+    assert calls == ["gelu", "loss"]  # the compiled one does not call them
     with torch.no_grad():
         worst = cross_entropy(logits_of(model, idx).flatten(0, 1), targets.flatten(), reduction="none").max().item()
     assert scale == 1 or 120 < worst < 160
