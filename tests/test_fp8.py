@@ -1,4 +1,4 @@
-"""--fp8: the head's matmuls in 8-bit floats. A CPU can compute them too, so the numbers are tested there."""
+"""--fp8: the matmuls of training in 8-bit floats. A CPU can compute them too, so the numbers are tested there."""
 import numpy as np
 import pytest
 import torch
@@ -9,33 +9,64 @@ from common import ROOT, TINY, loader_of, logits_of, optimizer_of, run, run_here
 from train_gpt2 import GPT, FP8Linear, GPTConfig
 
 
-def inputs(scale=1.0, B=4096, C=32, rows=48):
+def inputs(x_scale=1.0, w_scale=0.1, B=4096, C=32, rows=48):
     """x, w, bias and a gradient such as the mean cross-entropy of B tokens has."""
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(B, C, generator=g) * scale, torch.randn(rows, C, generator=g) / scale
+    x, w = torch.randn(B, C, generator=g) * x_scale, torch.randn(rows, C, generator=g) * w_scale
     gradient = (torch.randn(B, rows, generator=g).softmax(1) - F.one_hot(torch.arange(B) % rows, rows)) / B
-    return x.requires_grad_(), w.requires_grad_(), torch.randn(rows, generator=g), gradient.bfloat16()
+    return x.requires_grad_(), w.requires_grad_(), torch.randn(rows, generator=g).requires_grad_(), gradient.bfloat16()
 
 
 def off(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1, 1e4])
-def test_products_are_those_of_float32_to_three_bits_for_numbers_of_any_size(scale):
-    x, w, bias, gradient = inputs(scale)
-    y = FP8Linear.apply(x, w, bias)
-    y.backward(gradient)
-    assert y.dtype == torch.bfloat16 and x.grad.dtype == w.grad.dtype == torch.float32
-    exact = F.linear(x, w, bias)
-    assert 0.005 < off(y, exact) < 0.05                       # above: else nothing was rounded to 3 bits
+def count_products(monkeypatch):
+    calls = []
+
+    class Counted(FP8Linear):
+        @staticmethod
+        def forward(ctx, *args):
+            calls.append(tuple(args[1].shape))
+            return FP8Linear.forward(ctx, *args)
+
+        @staticmethod
+        def backward(ctx, g):
+            calls.append("backward")
+            return FP8Linear.backward(ctx, g)
+
+    monkeypatch.setattr(train_gpt2, "FP8Linear", Counted)
+    return calls
+
+
+@pytest.mark.parametrize("x_scale, w_scale, g_scale", [(1, 0.02, 1), (0.02, 0.003, 1e-5), (20, 2, 10)])
+def test_products_are_those_of_float32_to_three_bits(x_scale, w_scale, g_scale):
+    x, w, bias, gradient = inputs(x_scale, w_scale)
+    gradient = gradient * g_scale
+    y = FP8Linear.apply(x.view(2, 2048, 32), w, bias)
+    y.backward(gradient.view(2, 2048, 48))
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 2048, 48)
+    assert x.grad.dtype == w.grad.dtype == bias.grad.dtype == torch.float32
+    y, exact = y.detach().flatten(0, 1) - bias, F.linear(x, w)
+    rounded = torch.finfo(torch.bfloat16).eps * (bias.abs().max() / exact.std()).item()       # of y itself
+    assert 0.005 < off(y, exact) < 0.05 + rounded             # above: else nothing was rounded to 3 bits
     assert 0.005 < off(x.grad, gradient.float() @ w) < 0.08   # e5m2 has 2 bits
     assert off(w.grad, gradient.float().t() @ x.bfloat16().float()) < 0.004
+    assert off(bias.grad, gradient.float().sum(0)) < 0.004
+
+
+def test_what_is_too_large_becomes_the_largest_and_not_infinite():
+    x, w = torch.full((16, 32), 1e5, requires_grad=True), torch.full((16, 32), -1e5, requires_grad=True)
+    y = FP8Linear.apply(x, w, torch.zeros(16))
+    y.backward(torch.full_like(y, 1e6))
+    assert (y == torch.tensor(-32 * 112 * 14).bfloat16()).all()              # 448 / 4, 448 / 32
+    assert (x.grad == torch.tensor(-16 * 57344 / 4096 / 16 * 14).bfloat16()).all() and w.grad.isfinite().all()
 
 
 def test_a_bias_of_minus_infinity_keeps_the_padding_impossible():
     x, w, bias, _ = inputs()
-    bias[40:] = -torch.inf
+    with torch.no_grad():
+        bias[40:] = -torch.inf
     y = FP8Linear.apply(x, w, bias)
     loss = F.cross_entropy(y, torch.arange(len(y)) % 40)
     loss.backward()
@@ -43,25 +74,46 @@ def test_a_bias_of_minus_infinity_keeps_the_padding_impossible():
     assert x.grad.isfinite().all() and w.grad.isfinite().all() and not w.grad[40:].any()
 
 
-def test_the_head_trains_in_fp8_and_is_judged_without(monkeypatch):
-    calls, scaled_mm = [], torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(1) or scaled_mm(*args, **kwargs))
-    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32, padded_vocab_size=64))
+def use_fp8(model, yes=True):
+    for module in model.modules():
+        module.fp8 = yes
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_matrix_trains_in_fp8_and_is_judged_without(monkeypatch, recompute):
+    calls = count_products(monkeypatch)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, padded_vocab_size=64))
+    model.checkpoint_activations = recompute
     idx = torch.arange(32).view(2, 16)
     with torch.no_grad():
         exact, logits = model(idx, idx)[1], logits_of(model, idx)
-    model.fp8 = True
+    use_fp8(model)
     with torch.no_grad():
         assert torch.equal(model(idx, idx)[1], exact) and torch.equal(logits_of(model, idx), logits)
         list(model.generate([[1, 2]], 3))
     assert not calls
-    for forward in (model, torch.compile(model, backend="eager")):
-        calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx)[1]
+    assert loss != exact and loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    matrices = 2 * 4 + 1                                     # c_attn, c_proj, c_fc, c_proj; the head
+    assert len(calls) == matrices
+    loss.backward()
+    assert len(calls) == 2 * matrices + recompute * 2 * 4    # the blocks once more
+
+
+def test_compiled_it_is_one_graph_and_has_the_same_gradients():
+    """The graph that goes forward and the one that goes back are traced here, types and shapes, but not compiled."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32, padded_vocab_size=64))
+    idx, grads = torch.arange(32).view(2, 16), []
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for fp8, forward in (False, model), (True, model), (True, compiled):
+        use_fp8(model, fp8).zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(idx, idx)[1]
-        loss.backward()
-        assert loss != exact and loss.item() == pytest.approx(exact.item(), rel=2e-3)
-        assert calls
+            forward(idx, idx)[1].backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert off(grads[2], grads[1]) < 0.5 * off(grads[1], grads[0])
 
 
 def test_a_model_learns_as_well_with_it():
@@ -69,7 +121,7 @@ def test_a_model_learns_as_well_with_it():
     for fp8 in (False, True):
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
-        model.fp8, optimizer = fp8, optimizer_of(model, 3e-3)
+        optimizer = optimizer_of(use_fp8(model, fp8), 3e-3)
         loader = loader_of(np.frombuffer(text, np.uint8).astype(np.uint16), 8, 16)
         for _ in range(150):
             x, y = loader.next_batch()
@@ -83,12 +135,13 @@ def test_a_model_learns_as_well_with_it():
 
 
 def test_the_flag_reaches_the_model_and_a_resumed_run_asks_for_it_again(tmp_path, monkeypatch, capsys):
-    calls, scaled_mm, require = [], torch._scaled_mm, train_gpt2.require
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(1) or scaled_mm(*args, **kwargs))
+    calls, require = count_products(monkeypatch), train_gpt2.require
     monkeypatch.setattr(train_gpt2, "require", lambda ok, what: what.startswith("--fp8") or require(ok, what))
     for flags, expected in (["--fp8", "--max_steps", "3"], True), (["--resume", "--max_steps", "6"], False):
         run_here(monkeypatch, short_text(tmp_path), *TINY, "--dtype", "bfloat16", *flags)
         assert (", fp8" in capsys.readouterr().out) == bool(calls) == expected
+        matrices = set(calls) - {"backward"}
+        assert len(matrices) == 5 * expected, matrices        # c_attn, c_proj, c_fc, c_proj, the head: all shapes differ
         calls.clear()
 
 
