@@ -109,10 +109,10 @@ class Block(nn.Module):
 
 class FP8Linear(torch.autograd.Function):
     """F.linear in 8-bit floats (arXiv:2209.05433): half bfloat16's bytes, up to twice its speed; not w's gradient. With
-    these factors x fits to 448 / 4 = 112 (seen: 7), w to 14 (seen: 0.1), gradients * tokens to 14 (seen: 5)."""
+    these factors x fits to 448 / 4 = 112 (seen: 7), w to 14 (seen: 0.9), gradients of a mean to 56 / tokens (24)."""
     @staticmethod
     def forward(ctx, x, w, bias):
-        x8 = (x.flatten(0, -2) * 4).clamp(-448, 448).to(torch.float8_e4m3fn)  # (tokens, in); 448: e4m3's largest
+        x8 = (x.flatten(0, -2) * 4).clamp(-448, 448).to(torch.float8_e4m3fn)  # (tokens, in); over 448 e4m3 has NaN
         w8 = (w * 32).clamp(-448, 448).to(torch.float8_e4m3fn)                # (out, in); 3 bits of mantissa
         sx, sw = w.new_full((), 1 / 4), w.new_full((), 1 / 32)                # these undo the factors
         ctx.save_for_backward(x.bfloat16(), w8, sw)
@@ -121,8 +121,8 @@ class FP8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, w8, sw), g = ctx.saved_tensors, g.flatten(0, -2)                  # g: (tokens, out)
-        g8 = (g * 4096 * len(g)).clamp(-57344, 57344).to(torch.float8_e5m2)   # 57344: e5m2's largest; 2 bits
-        sg = sw.new_full((), 1 / 4096 / len(g))
+        g8 = (g * 1024 * len(g)).clamp(-57344, 57344).to(torch.float8_e5m2)   # 57344: e5m2's largest; 2 bits
+        sg = sw.new_full((), 1 / 1024 / len(g))
         gx = torch._scaled_mm(g8, w8.t().contiguous().t(), sg, sw, out_dtype=torch.bfloat16)  # takes w8 by columns
         return gx.view_as(x), g.t() @ x.flatten(0, -2), g.sum(0)              # x's, w's (out, in), bias's (out,)
 
