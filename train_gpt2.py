@@ -1,101 +1,134 @@
-"""GPT-2 in one file: the model, its data, its training, its sampling. Read it top to bottom, or step by step in the git
-history (`git log --reverse`): each commit there adds one idea and says what it changed.
+"""GPT-2 in one file: the model, its data, its training, its sampling.
 
-    python train_gpt2.py                            laptop: a small GPT learns to write plays, in two minutes
+Part I is the lecture: a complete training program, to be read from top to bottom in one sitting.
+What it calls and you have not read yet stands below, under a name that says what it does. Part II:
+what a long run needs. III: the command line. IV: since GPT-2, kept free. V: faster.
+
+    python train_gpt2.py                            a laptop: a small GPT learns to write plays
     python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
-    python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, or a larger --max_steps
-    python fineweb.py && python train_gpt2.py       one GPU: GPT-2 124M on the 10 B tokens of FineWeb-Edu, 19,073 steps
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs; with 2, a laptop shows how it goes
-    python train_gpt2.py --init_from gpt2 --prompt "Hello"     OpenAI's weights, through Hugging Face
-    python train_gpt2.py --init_from gpt2 --data my.txt        your own text: fine-tune them; from scratch, without them
-    python train_gpt2.py --eval_only                val loss, perplexity, bits per byte; --export DIR: for Hugging Face
+    python train_gpt2.py --resume                   go on where it stopped: Ctrl-C, kill, more steps
+    python fineweb.py && python train_gpt2.py       one GPU: GPT-2 124M on 10 B tokens, overnight
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py     the same on 8 GPUs
+    python train_gpt2.py --init_from gpt2 --data my.txt        OpenAI's weights, your own text
 
-An untrained model's loss is about ln(vocab_size): 5.55 for bytes, 10.82 for GPT-2's vocabulary. The laptop run ends at
-a val loss of 1.32 to 1.33. Papers: attention, Vaswani et al. 2017 (arXiv:1706.03762); GPT-2, Radford et al. 2019;
-GPT-3, whose training recipe this is, Brown et al. 2020 (arXiv:2005.14165)."""
-import argparse, codecs, contextlib, dataclasses, importlib.util, json, math, os, re, shutil, signal, sys, time
+The laptop's run begins at a loss of 5.56 and ends, on text that it was not trained on, at 1.32 to
+1.33. All flags: --help. How this file was built, one idea at a time: git log --reverse
+"""
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
-import torch.distributed as dist, torch.nn as nn
+import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-class UserError(ValueError):
-    """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits with 2."""
+# ==================================================================================================
+# PART I: THE LECTURE
+# A language model reads the beginning of a text and gives each token a probability of being the
+# next one. A token is a short piece of text that has a number, its id: in the laptop's run a byte,
+# in GPT-2 one of 50,257 pieces such as " the". With such a model one can write: draw a token,
+# append it, ask again (section 2). It learns from real text (section 5): how probable did it think
+# the tokens that really came? The less probable, the larger is the loss. The model computes with
+# millions of numbers, its parameters; each is changed a little, for a smaller loss, and once more.
+#
+# In which direction? The gradient says for each parameter how fast the loss grows with it, and a
+# step goes the other way. Nobody has to work that out: PyTorch remembers how the loss came about,
+# and loss.backward() goes through it from the end to the beginning, by the chain rule, and leaves
+# each parameter's gradient in its .grad.
+# --------------------------------------------------------------------------------------------------
+# 1. The model
+# Shapes are written (B, T, C): a batch of B sequences, side by side, of T tokens each; and a token
+# is a vector of C numbers. It begins as an entry in a table, "which token am I, and where", and is
+# enriched block by block until it tells which token should come next.
+#
+# PyTorch: nn.Linear(a, b) turns a numbers into b, y = W x + bias; its parameters are W (b, a) and
+# bias (b,). nn.Embedding(n, C) is a table of n rows. A Module holds the parameters of its parts;
+# m(x) runs m.forward(x). A @ B multiplies matrices, the last two dimensions; others stay apart.
 
-def require(condition, message):
-    """An assert about what the user asked for: raises UserError, also under `python -O`."""
-    if not condition:
-        raise UserError(message)
-
-# The model ------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass
+@dataclass
 class GPTConfig:
-    """The shape of a GPT; GPT-2 124M by default. Shapes: B sequences, T tokens each; C = nh * hs, nh heads of hs."""
-    block_size: int = 1024      # the longest T; each position has a learned vector
-    vocab_size: int = 50257     # ids the tokenizer has: 256 bytes + 50,000 merges + <|endoftext|>
-    n_layer: int = 12
+    """The shape of a GPT. The defaults are those of GPT-2 124M (Radford et al. 2019)."""
+    block_size: int = 1024  # the longest context: T is at most this (not related to Block)
+    vocab_size: int = 50257  # tokens it knows: 256 bytes, 50,000 pieces, <|endoftext|>
+    n_layer: int = 12  # blocks
     n_head: int = 12
-    n_embd: int = 768           # C, the width of the residual stream
-    padded_vocab_size: int = 0  # rows of wte, if more than vocab_size: 50304 = 786 * 64 suits a GPU, 50257 is odd
+    n_embd: int = 768  # C, the length of a token's vector
 
-    def __post_init__(self):
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
-
-SIZES = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128),             # 0.4 M parameters
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124 M
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355 M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774 M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024)}      # 1,558 M
-
-class Linear(nn.Linear):
-    """x W^T + bias; a bias given replaces its own. A model that trains with fp8 computes this in FP8Linear, below."""
-    fp8 = False                 # train() sets it from its flag of this name
-
-    def forward(self, x, bias=None):
-        linear = FP8Linear.apply if self.fp8 and torch.is_grad_enabled() else F.linear  # eval, samples: not fp8
-        return linear(x, self.weight, self.bias if bias is None else bias)  # (..., out)
+def attention(q, k, v):
+    """Causal attention (Vaswani et al. 2017, arXiv:1706.03762), written out to be read; below, the
+    library's is called. For each token, learnt matrices compute a query, a key and a value: what it
+    looks for, what it has to offer, what it hands over. That is done nh times side by side, each
+    time with other numbers; one such time is called a head, and its vectors have hs = C / nh
+    numbers: q, k, v (B, nh, T, hs) -> (B, nh, T, hs). Each token gets a mean of the values of all
+    tokens up to itself, and those count most whose keys match its query."""
+    T, hs = q.size(-2), q.size(-1)
+    # scores[..., t, s]: how well does key s match query t? It is a sum of hs products, each about 1
+    # in size and plus or minus as it happens, so it is about sqrt(hs). Divided by that it is about
+    # 1. With much larger scores, softmax would give nearly all to one token, and a small change of
+    # the scores would change nearly nothing: the gradient would be 0, and nothing could be learnt.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
+    # No token may see a later one, as it is to foretell them. True is above the diagonal, where the
+    # column is later than the row; there the score becomes -inf, and the share 0.
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    scores = scores.masked_fill(later, -math.inf)
+    # softmax(x) = exp(x) / sum(exp(x)): shares of 0 or more, and each row adds up to 1.
+    shares = F.softmax(scores, dim=-1)
+    return shares @ v
 
 class CausalSelfAttention(nn.Module):
-    """Every token looks back: it compares its query with the keys of the tokens before it and its own, and takes in the
-    mean of their values, weighted by softmax(q k^T / sqrt(hs)). Each head has a query, key and value of its own."""
+    """Where tokens talk, x (B, T, C) -> (B, T, C): each head looks for something else."""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one matrix
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        # One matrix makes queries, keys and values for all heads; the other mixes what they find.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, pos=None, mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). With cache (2, B, keys, nh, hs), keys and values of earlier tokens, x are new
-        tokens at the positions pos (B, T), which may look where mask (B, 1, T, keys) is True."""
+    def heads(self, x):
+        """Query, key and value for each head: x (B, T, C) -> three times (B, nh, T, hs)."""
         B, T, C = x.size()
-        q, k, v = (t.view(B, T, self.n_head, -1) for t in self.c_attn(x).split(C, dim=2))     # (B, T, nh, hs)
-        if cache is not None:
-            cache[:, torch.arange(B, device=x.device)[:, None], pos] = torch.stack((k, v)).to(cache.dtype)
-            k, v = cache                                                                      # (B, keys, nh, hs)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, nh, T or keys, hs)
-        # Flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v tile by tile, never holding the (T, T) matrix.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                                # (B, T, C), side by side
-
-class MLP(nn.Module):
-    """Every token thinks by itself: C -> 4 C -> C."""
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        # Each vector is cut into nh pieces. Then the heads go before the tokens: they stay apart.
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        return q, k, v
 
     def forward(self, x):
-        h = self.c_fc(x)
-        if not torch.compiler.is_compiling():  # compiled, the last line is faster: (1 + tanh(u)) / 2 = sigmoid(2 u)
-            return self.c_proj(F.gelu(h, approximate="tanh"))  # GELU: h (1 + tanh(u)) / 2, as GPT-2 was trained
-        return self.c_proj(h * torch.sigmoid(math.sqrt(8 / math.pi) * (h + 0.044715 * h.float() ** 3)))
+        q, k, v = self.heads(x)
+        # attention(q, k, v), but tile by tile, so that a GPU need not write the T x T scores to its
+        # memory and read them again, which takes most of the time (FlashAttention,
+        # arXiv:2205.14135).
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        return self.merge(y)
+
+    def merge(self, y):
+        """The pieces of all heads side by side again, and mixed: (B, nh, T, hs) -> (B, T, C)."""
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    """Where each token thinks by itself about what it has gathered: two matrices with a bend in
+    between, without which the two would be no more than one."""
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, 4 C)
+        # GELU is about max(x, 0), with a round corner; GPT-2 was trained with this form of it.
+        x = F.gelu(x, approximate="tanh")
+        return self.c_proj(x)  # (B, T, C)
 
 class Block(nn.Module):
-    """Talk, then think. LayerNorm stands before each part, so x itself is only ever added to: the residual stream."""
+    """One layer: talk, then think. What either part finds is added to x, which is otherwise left
+    alone: the residual stream. A sum hands a gradient on to both its terms as it is, so gradients
+    get to the first block without growing or shrinking in all the others. x grows with each
+    addition, so each part reads it through a LayerNorm, which brings a token's vector to mean 0 and
+    variance 1; then each number has a factor and an offset, parameters that begin as 1 and 0."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -103,189 +136,507 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, pos=None, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), pos, mask, cache)
-        return x + self.mlp(self.ln_2(x))
-
-class FP8Linear(torch.autograd.Function):
-    """F.linear in 8-bit floats (arXiv:2209.05433): half bfloat16's bytes, up to twice its speed; not w's gradient. With
-    these factors x fits to 448 / 4 = 112 (seen: 7), w to 14 (seen: 0.9), gradients of a mean to 56 / tokens (24)."""
-    @staticmethod
-    def forward(ctx, x, w, bias):
-        x8 = (x.flatten(0, -2) * 4).clamp(-448, 448).to(torch.float8_e4m3fn)  # (tokens, in); over 448 e4m3 has NaN
-        w8 = (w * 32).clamp(-448, 448).to(torch.float8_e4m3fn)                # (out, in); 3 bits of mantissa
-        sx, sw = w.new_full((), 1 / 4), w.new_full((), 1 / 32)                # these undo the factors
-        ctx.save_for_backward(x.bfloat16(), w8, sw)
-        return torch._scaled_mm(x8, w8.t(), sx, sw, bias.bfloat16(), out_dtype=torch.bfloat16).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x, w8, sw), g = ctx.saved_tensors, g.flatten(0, -2)                  # g: (tokens, out)
-        g8 = (g * 1024 * len(g)).clamp(-57344, 57344).to(torch.float8_e5m2)   # 57344: e5m2's largest; 2 bits
-        sg = sw.new_full((), 1 / 1024 / len(g))
-        gx = torch._scaled_mm(g8, w8.t().contiguous().t(), sg, sw, out_dtype=torch.bfloat16)  # takes w8 by columns
-        return gx.view_as(x), g.t() @ x.flatten(0, -2), g.sum(0)              # x's, w's (out, in), bias's (out,)
-
-# Hugging Face keeps these as Conv1D, (in, out); nn.Linear keeps (out, in).
-TRANSPOSED, TIED = ("c_attn.weight", "c_proj.weight", "c_fc.weight"), ("wte.weight", "lm_head.weight")
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, a head that shares wte's weights."""
+    """Ids in; out, at each position, a number for every token that might come next. The parts have
+    the names that OpenAI gave them, so that OpenAI's parameters find their places."""
     def __init__(self, config):
         super().__init__()
+        check_shape(config)
         self.config = config
-        rows = max(config.padded_vocab_size, config.vocab_size)
+        # 50304 rows for 50257 tokens, as a GPU is faster with multiples of 64; 47 are never used.
+        rows = math.ceil(config.vocab_size / 64) * 64
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(rows, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd)))
-        self.checkpoint_activations = False                # train() sets it from its flag of this name
-        self.lm_head = Linear(config.n_embd, rows, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them
-        # A block adds two terms to the residual stream; variances add up: / sqrt(2 n_layer) undoes that at any depth.
-        for name, p in self.named_parameters():            # the tied matrix comes once
+            wte=nn.Embedding(rows, config.n_embd),  # a vector for each token
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # and for each position
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        # lm_head takes the dot product of a vector with the vector of each token: the better they
+        # match, the higher is this token's number. These are the vectors that wte begins with.
+        self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Small random numbers. Each block adds two random vectors to the stream, and variances add
+        up. So the matrices that make these vectors, all called c_proj, are drawn smaller the more
+        there are: the stream is then as large after 48 blocks as after 12."""
+        for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:                             # LayerNorm weights stay 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:  # not LayerNorm's factors, which have one dimension
+                nn.init.normal_(p, std=0.02)  # wpe, too; OpenAI draws that with 0.01
 
-    def num_params(self):
-        """Number of parameters, the tied matrix once, its padding not at all."""
-        padding = (self.lm_head.out_features - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
-
-    def trunk(self, idx, pos=None, caches=None, mask=None):
-        """All but the head: idx (B, T) int64 -> (B, T, C). With caches (n_layer, 2, B, keys, nh, hs), idx are new
-        tokens at pos (B, T). With pos and mask (B, 1, T, T), T may be above block_size; else that raises UserError."""
-        T, S = idx.size(1), self.config.block_size
-        require(T <= S or mask is not None, f"T={T} is longer than block_size={S}: pass less")
-        pos = torch.arange(T, device=idx.device) if pos is None else pos                 # (T,) or (B, T)
-        mask = mask if caches is None else torch.arange(caches.size(3), device=idx.device) <= pos[:, None, :, None]
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)                        # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()                             # half the bytes to move; losses differ less than seeds do
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()  # each block again in backward, for memory
-        for i, block in enumerate(self.transformer.h):
-            args = (x, pos, mask, None if caches is None else caches[i])
-            x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        return self.transformer.ln_f(x.to(self.lm_head.weight.dtype))
+    def trunk(self, idx):
+        """All but lm_head: idx (B, T) -> (B, T, C). UserError if T is more than block_size."""
+        check_length(idx, self.config)
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(logits, None): logits (B, T, vocab_size) for the token after each of idx (B, T) int64. With targets (B, T):
-        (None, loss), their mean cross-entropy in nats; -100 is not counted. UserError if T is more than block_size."""
-        bias = self.lm_head.weight.new_zeros(self.lm_head.out_features)
-        bias[self.config.vocab_size:] = -math.inf  # padding has no probability: free, as the matmul's bias
-        logits = self.lm_head(self.trunk(idx).flatten(0, 1), bias)                       # (B * T, rows of wte)
+        """idx (B, T) int64 -> logits (B, T, vocab_size): softmax makes of them the probabilities of
+        what comes after each position. With targets (B, T), the tokens that did come after: the
+        loss instead, one number."""
+        logits = self.lm_head(self.trunk(idx))[..., :self.config.vocab_size]
         if targets is None:
-            return logits.unflatten(0, idx.size())[..., :self.config.vocab_size], None
-        if not torch.compiler.is_compiling():
-            return None, F.cross_entropy(logits, targets.flatten())  # None: unused logits would get a gradient of 0s
-        # Compiled, faster by hand: softmax(logits) = softmax(logits - m) for any m. float32 holds exp(-87) to exp(88):
-        # m = the target's logit + 80, at hand without a search, lets the other logits be up to 168 above the target's.
-        z = logits.float() - (logits.detach().gather(1, targets.clamp(min=0).view(-1, 1)).float() + 80)
-        return None, F.nll_loss(z - z.exp().sum(dim=1, keepdim=True).log(), targets.flatten())
+            return logits
+        # Cross-entropy: -log of the probability that the model gave to the right token, a mean over
+        # all positions but those with a target of -100. At first, parameters are random and small,
+        # all tokens are about equally probable, and the loss is about log(vocab_size), 5.55 for
+        # 257. softmax has a sum over all tokens below its line; for this, a GPU's logits of 16 bits
+        # are too coarse, and float() makes them 32.
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    @classmethod
-    def from_pretrained(cls, name, padded_vocab_size=0):
-        """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError if there is none."""
-        os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        from transformers import GPT2Config, GPT2LMHeadModel     # our own line says what is wrong
-        known = list(SIZES)[1:]
-        require(name in known or Path(name).is_dir(), f"'{name}' is neither a folder nor a GPT-2: {', '.join(known)}")
-        try:
-            theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-        except Exception as e:               # whatever the Hub, the disk or a broken file may raise
-            raise UserError(f"cannot load {name} (no network? files missing?): {f'{e!s} '.splitlines()[0]}") from None
-        c, theirs, fixed = theirs.config, theirs.state_dict(), GPT2Config().to_dict()
-        odd = [*info["missing_keys"]] + [k for k in ("activation_function", "layer_norm_epsilon", "tie_word_embeddings",
-            "n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx") if getattr(c, k) != fixed[k]]
-        require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded_vocab_size))
-        with torch.no_grad():
-            for key, p in model.named_parameters():  # by our names: whatever buffers theirs has besides do not matter
-                w = theirs[key].t() if key.endswith(TRANSPOSED) else theirs[key]
-                p.zero_()[:len(w)].copy_(w)          # wte's padding rows stay 0
+# --------------------------------------------------------------------------------------------------
+# 2. Generation
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw a token for each row of logits (B, vocab_size): (B, 1). A low temperature stretches the
+    distances between logits, so that the probable becomes more probable; 0 always takes the most
+    probable. top_k: only the k most probable can be drawn (0: all). top_p: only the most probable
+    ones that together have this probability."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    # Less than 1e-6 is as good as 0, and would overflow.
+    logits = logits.float() / max(temperature, 1e-6)
+    logits = keep_probable(logits, top_k, top_p)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+
+@torch.no_grad()  # nothing is to be learnt here, so PyTorch need not remember for a backward()
+def generate(model, idx, max_new_tokens, **how):
+    """Continue idx (B, T), T > 0: an iterator over new tokens, (B, 1) each. `how`: see sample()."""
+    for _ in range(max_new_tokens):
+        # No position comes after block_size: of a longer text, only the end is read.
+        logits = model(idx[:, -model.config.block_size:])
+        # The model foretells what comes after each token. Only the last is news.
+        token = sample(logits[:, -1], **how)
+        yield token
+        idx = torch.cat((idx, token), dim=1)
+
+# For each new token, the whole text is computed again. Part V keeps what a later token cannot
+# change, and comes to the same text many times faster.
+# --------------------------------------------------------------------------------------------------
+# 3. Tokens and batches
+
+def get_tokenizer(name):
+    """Turns text into ids and back: a tiktoken Encoding. `gpt2` is byte-pair encoding: it began
+    with 256 bytes as tokens; then, 50,000 times, the pair of neighbours that was most frequent in
+    many texts became a new token. A text is encoded by the same joins in the same order. `byte` has
+    no joins. <|endoftext|> is a token of its own that stands between documents."""
+    if name == "gpt2":
+        return load_gpt2_vocabulary()
+    return tiktoken.Encoding("byte", pat_str=r"[\s\S]+", special_tokens={"<|endoftext|>": 256},
+                             mergeable_ranks={bytes([i]): i for i in range(256)})
+
+def open_data(path, enc):
+    """(training split, validation split): lists of shards, which are long rows of ids or files of
+    them. A text's last tenth is for validation, as a model may know by heart what it trained on."""
+    path = Path(path)
+    if path.is_dir():
+        return find_shards(path)
+    tokens = enc.encode_to_numpy(read_text(path), disallowed_special=())
+    n = len(tokens) * 9 // 10
+    return [tokens[:n]], [tokens[n:]]
+
+@dataclass
+class DataLoaderLite:
+    """Batches of windows, T + 1 tokens each: x are the first T of them, y the last T, so that y[t]
+    is what comes after x[t]. An epoch is all windows of all shards, once; a seed shuffles them.
+    With 8 GPUs this program runs 8 times at once, as processes that differ only in their rank, 0 to
+    7 (world_size = 8); a laptop is rank 0 of 1. All see the same row of windows. At each turn rank
+    0 takes the first B, rank 1 the next B, and so on; position is where the next turn begins. So a
+    step has the same windows for any number of processes, and to go on, a run needs position."""
+    shards: list
+    B: int
+    T: int
+    vocab_size: int
+    name: str = "the data"
+    rank: int = 0
+    world_size: int = 1
+    seed: int = None
+
+    def __post_init__(self):
+        self.windows = Windows(self.shards, self.T, self.vocab_size, self.name, self.seed)
+        self.windows.require(self.B * self.world_size)
+        self.position = 0
+
+    def batch(self, position, B):
+        """B windows from a position on: x, y (B, T) int64."""
+        rows = np.stack([self.windows[p] for p in range(position, position + B)])  # (B, T + 1)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1].clone(), rows[:, 1:].clone()  # copies: a change of y leaves x alone
+
+    def next_batch(self):
+        """What is this process's turn in the next B * world_size windows."""
+        first = self.position + self.rank * self.B
+        self.position += self.B * self.world_size
+        return self.batch(first, self.B)
+
+# --------------------------------------------------------------------------------------------------
+# 4. Optimiser and learning rate
+# The optimiser turns gradients into steps, and the learning rate lr says how far they go. The plain
+# way is p -= lr * p.grad, but some gradients are a thousand times larger: no lr suits all of them.
+
+def configure_optimizers(model, max_lr, weight_decay):
+    """AdamW (arXiv:1711.05101) as GPT-3 used it. For each parameter it keeps two running means, m
+    of the gradient and v of its square: m = 0.9 m + 0.1 g at each step, and v with 0.95. A step is
+    lr * m / (sqrt(v) + eps). If the gradient is always g, that is lr, however large g is; if its
+    sign keeps changing, it is near 0. Weight decay makes matrices a little smaller at each step, so
+    that only what gradients keep pushing grows large. Returns a list: other recipes use several."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm
+    groups = [{"params": matrices, "weight_decay": weight_decay, "max_lr": max_lr},
+              {"params": vectors, "weight_decay": 0.0, "max_lr": max_lr}]
+    return [torch.optim.AdamW(groups, lr=max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+
+def lr_factor(step, cfg):
+    """What the highest learning rate is multiplied with at this step."""
+    least = cfg.min_lr / cfg.max_lr if cfg.max_lr else 0.0
+    # 1) Up in a line: at first, gradients are large and the running means know little.
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    # 2) From the last step on, the least.
+    if step >= cfg.max_steps:
+        return least
+    # 3) In between, down along half a cosine: far steps to get near, short ones to settle.
+    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # 0 to 1
+    return least + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - least)
+
+# --------------------------------------------------------------------------------------------------
+# 5. Training
+
+def train(cfg, raw_model, enc, machine):
+    """Train a GPT as cfg says (part III), on the machine that this is (part II)."""
+    # The classes above are swapped for those of part V, which compute the same and are faster; you
+    # may read on as if this line were not there.
+    swap_classes(raw_model, faster_classes(cfg))
+    # The same parameters, to be called in training: compiled for a GPU, and knowing of the other
+    # processes. raw_model is for all else.
+    model = machine.parallelize(raw_model, cfg)
+    B = machine.sequences(cfg)
+    train_shards, val_shards = open_data(cfg.data, enc)
+    train_loader = DataLoaderLite(train_shards, B, cfg.seq_len, enc.n_vocab, f"{cfg.data} (train)",
+                                  machine.rank, machine.world_size, cfg.seed)
+    val_loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
+    optimizers = configure_optimizers(raw_model, cfg.max_lr, cfg.weight_decay)
+    # The scaler is for float16, whose smallest numbers are larger than many gradients. It
+    # multiplies the loss, and so all gradients, and divides them again before they are used.
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    run = Run(cfg, raw_model, enc, optimizers, scaler, train_loader, machine)
+    start = run.begin()
+
+    x, y = machine.send(train_loader.next_batch())
+    for step in range(start, cfg.max_steps + 1):
+        last_step = step == cfg.max_steps
+        if run.stopping:  # somebody pressed Ctrl-C, or the machine is about to be shut down
+            run.save(step)
+            break
+
+        # Once in a while, and at the end: how good is it, what does it write, is it safe on disk?
+        val_loss = math.inf  # save() keeps the best
+        if due(step, cfg.eval_every, last_step):
+            val_loss, report = evaluate(model, val_loader, B, cfg.val_tokens, enc, machine)
+            run.log(step, "val", val_loss, report)
+        if due(step, cfg.hellaswag_every, last_step):
+            run.score_hellaswag(step)
+        if step > 0 and due(step, cfg.sample_every, last_step):
+            run.sample(step)
+        if step > 0 and due(step, cfg.save_every, last_step):
+            run.save(step, val_loss)
+        if last_step:
+            break
+
+        # One step, on total_batch_size tokens. A GPU has no room for so many at once: they come in
+        # several passes, and backward() adds each one's gradient to what is in .grad already. On a
+        # laptop there is one pass; averaging(), autocast() and the scaler do nothing; what remains
+        # is model(x, y), loss.backward(), clip, optimizer.step(), optimizer.zero_grad().
+        t0 = time.perf_counter()
+        loss_sum = 0.0
+        for micro_step in range(run.passes):
+            last_pass = micro_step == run.passes - 1
+            with machine.averaging(model, last_pass):  # of gradients, over all processes
+                with machine.autocast():  # matrix products in 16 bits
+                    loss = model(x, y)
+                # The sum of all passes is to be the mean over the whole step.
+                loss = loss / run.passes
+                loss_sum += loss.detach()  # the number alone, not how it came about
+                # A GPU is still at work on this batch, so there is time to fetch the next one.
+                x, y = machine.send(train_loader.next_batch())
+                scaler.scale(loss).backward()
+
+        # All gradients together are one long vector. If it is longer than grad_clip, it is
+        # shortened to that: one odd batch shall not throw the model off.
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["max_lr"] * lr_factor(step, cfg)
+            # Here the parameters change, and the next gradients begin at nothing.
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # item() waits until the GPU is done, so dt is the time of all of the step.
+        loss = machine.sum(loss_sum.item()) / machine.world_size
+        norm = norm.item()
+        dt = time.perf_counter() - t0
+        run.check_finite(step, loss, norm)
+        run.log(step, "train", loss, f"loss {loss:.4f} | lr {group['lr']:.2e} | norm {norm:.3f} | "
+                + speed_report(raw_model, cfg, dt, machine))
+        run.stop_if_asked()
+    run.end(step)
+
+# ==================================================================================================
+# PART II: WHAT A LONG RUN NEEDS
+# --------------------------------------------------------------------------------------------------
+# Parts II to V need more of the library.
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# 6. Words for what is wrong, and for the screen
+
+class UserError(ValueError):
+    """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits
+    with 2."""
+
+def require(condition, message):
+    """An assert about what the user asked for: raises UserError, also under `python -O`."""
+    if not condition:
+        raise UserError(message)
+
+def check_shape(config):
+    require(config.n_head > 0 and config.n_embd % config.n_head == 0,
+            f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
+
+def check_length(idx, config):
+    T, longest = idx.size(1), config.block_size
+    require(T <= longest, f"T={T} is longer than block_size={longest}: pass fewer tokens")
+
+def from_torchrun(name, alone):
+    """torchrun starts a process for each GPU, and tells it in environment variables which one it is
+    (RANK of all, LOCAL_RANK of this machine's), and of how many (WORLD_SIZE)."""
+    return int(os.environ.get(name, alone))
+
+def print0(*values, **how):
+    """print(), but of several processes only one speaks."""
+    if from_torchrun("RANK", 0) == 0:
+        print(*values, **how)
+
+# --------------------------------------------------------------------------------------------------
+# 7. The machine: its device, and the processes beside this one
+
+class Machine:
+    """All that depends on the machine is decided here: the device, the number format of matrix
+    products (matmuls), whether to compile. And what this process does with the others, if any.
+
+    Of the formats, float32 has 24 bits for digits and a wide range; bfloat16, in half the memory
+    and many times faster on a GPU, has the same range and 8 bits; float16 has 11 bits and ends at
+    65,504."""
+    def __init__(self, cfg):
+        self.rank = from_torchrun("RANK", 0)
+        self.world_size = from_torchrun("WORLD_SIZE", 1)
+        local_rank = from_torchrun("LOCAL_RANK", 0)
+        gpus = torch.cuda.device_count()
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ
+        kind = cfg.device or ("cuda" if gpus else "mps" if mps else "cpu")
+        there = {"cuda": local_rank < gpus, "mps": mps, "cpu": True}
+        require(there[kind], f"--device {kind}: this machine, or this build of PyTorch, has {gpus} "
+                "of CUDA's GPUs: leave the flag out, or lower torchrun's --nproc_per_node")
+        self.cuda = kind == "cuda"
+        self.device = torch.device(f"cuda:{local_rank}" if self.cuda else kind)
+        fp8 = False
+        bf16 = True
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+            # 8-bit floats (part V) came with generation 9, H100; bfloat16 with 8, A100.
+            fp8 = torch.cuda.get_device_capability() >= (9, 0) and cfg.n_embd % 16 == 0
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        best = "bfloat16" if bf16 else "float16"
+        dtype = cfg.dtype or (best if self.cuda else "float32")
+        require(bf16 or dtype != "bfloat16", "this GPU has no bfloat16: pass --dtype float16")
+        require(not cfg.fp8 or fp8 and dtype == "bfloat16",
+                "--fp8 needs an H100 or newer, bfloat16, and n_embd in 16s: leave it out")
+        self.dtype = getattr(torch, dtype)
+        # "high" is TF32: what is left in float32 is multiplied with 11 of its 24 bits, for speed.
+        torch.set_float32_matmul_precision("high" if self.cuda else "highest")
+        # torch.compile writes a GPU's programs in Triton, which Windows does not have.
+        triton = importlib.util.find_spec("triton") is not None
+        self.compiles = self.cuda and triton if cfg.compile is None else cfg.compile
+
+    def meet(self):
+        """Under torchrun: wait until all processes are there."""
+        if "RANK" in os.environ:
+            # The libraries that sum over processes, for GPUs and for CPUs.
+            backend = "nccl" if self.cuda else "gloo"
+            dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
+
+    def sum(self, value, op=dist.ReduceOp.SUM):
+        """The sum of a number, or of each number in a list, over all processes; or another op."""
+        if not dist.is_initialized():
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, op)
+        return total.tolist()
+
+    def autocast(self):
+        """Within this, matmuls are in dtype; parameters, LayerNorm and loss stay in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def send(self, batch):
+        """x, y on the device. From pinned memory, which the system never moves, a GPU can copy them
+        while Python goes on."""
+        if self.cuda:
+            batch = [t.pin_memory() for t in batch]
+        return [t.to(self.device, non_blocking=self.cuda) for t in batch]
+
+    def parallelize(self, model, cfg):
+        """The model, spread over the processes, and compiled. ddp: each process has all of it, and
+        gradients are averaged during the backward pass. fsdp, for a model that is too large for one
+        GPU: each has a share of the parameters, their gradients and AdamW's means; a block is put
+        together when its turn comes, and dropped after it."""
+        if cfg.parallel == "fsdp":
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+            for module in [*model.transformer.h, model]:
+                fully_shard(module, mesh=mesh)
+            # hellaswag.py calls trunk() by itself: there, too, the model is to be put together.
+            register_fsdp_forward_method(model, "trunk")
+        else:
+            model.to(self.device)
+        if cfg.parallel == "ddp" and dist.is_initialized():
+            model = nn.parallel.DistributedDataParallel(model)
+            # In its first backward pass DDP settles in which order it sums, and on the order
+            # depends how a sum is rounded. A resumed run must not do that at another step than one
+            # that was never stopped: so it is done here.
+            idx = torch.zeros(1, cfg.seq_len, dtype=torch.int64, device=self.device)
+            model(idx, idx).backward()
+            model.zero_grad(set_to_none=True)
+        if self.compiles:
+            # For one shape alone, that of training, and with the GPU's fast exp().
+            model = torch.compile(model, dynamic=False, options={"use_fast_math": True})
         return model
 
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, eot_token=-1,
-                 use_cache=True):
-        """Continue prompts, lists of ids of any lengths but 0: an iterator over new tokens, a (B,) tensor each.
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest (0: all); top_p the fewest that hold p of
-        the probability (Holtzman et al. 2020, arXiv:1904.09751). After eot_token (-1: none) a row repeats it; when all
-        have, the iterator ends. generator is on the model's device. Without use_cache each token begins anew."""
-        device, S, caches, c = self.lm_head.weight.device, self.config.block_size, None, self.config
-        rows, done = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        require(all(rows), "a prompt is empty: begin it with eot_token")
-        for _ in range(max_new_tokens):
-            longest = max(map(len, rows))
-            if caches is None or not use_cache or longest > S:  # past S, as positions cannot slide, all begins anew
-                caches = torch.zeros(c.n_layer, 2, len(rows), S, c.n_head, c.n_embd // c.n_head, device=device)
-                graph, new, start = None, [row[-S:] for row in rows], [0] * len(rows)
-            else:
-                new, start = [row[-1:] for row in rows], [len(row) - 1 for row in rows]
-            T = max(map(len, new))  # short rows are filled up at the right, where no token sees the filling
-            idx = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)  # (B, T)
-            pos = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-            if device.type != "cuda" or not any(start):
-                x = self.trunk(idx, pos, caches[:, :, :, :longest])  # (B, T, C)
-            else:  # A GPU is done before Python has started its next kernel. So all are recorded once, then replayed.
-                if graph is None or longest > kv.size(3):          # attention over fixed shapes, 256 keys a stage
-                    graph, inputs, kv = torch.cuda.CUDAGraph(), (idx, pos), caches[:, :, :, :longest // 256 * 256 + 256]
-                    self.trunk(*inputs, kv)                        # what happens but once must not be recorded
-                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                        x = self.trunk(*inputs, kv)            # (B, 1, C): each replay() writes into this same x
-                inputs[0].copy_(idx), inputs[1].copy_(pos)
-                graph.replay()
-            logits = self.lm_head(x[range(len(rows)), [len(row) - 1 for row in new]])[:, :c.vocab_size].float()
-            if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
-                if top_k:
-                    logits = logits.masked_fill(logits < logits.topk(min(top_k, c.vocab_size))[0][:, -1:], -math.inf)
-                if top_p < 1:
-                    probs, order = F.softmax(logits, dim=-1).sort(descending=True, stable=True)
-                    drop = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)             # p was reached before this one
-                    logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
-                token = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator).squeeze(1)
-            token = token.masked_fill(done, eot_token)
-            done = done | (token == eot_token)
-            yield token
-            if done.all():
-                return
-            rows = [row + [t] for row, t in zip(rows, token.tolist())]
+    def sequences(self, cfg):
+        """B, the sequences of a pass: as cfg says or, if it leaves that open, as many as should
+        fit, in every process. More than 64 are no faster."""
+        if cfg.batch_size:
+            return cfg.batch_size
+        tokens = 4096
+        if self.cuda:
+            # Bytes a token, twice what was measured for compiled models in bfloat16: others take
+            # more.
+            each = 60 * cfg.n_layer * cfg.n_embd + 500_000
+            tokens = torch.cuda.mem_get_info()[0] / each
+        # A power of two, and of these one that divides the process's share of a step.
+        fits = 2 ** int(math.log2(min(max(tokens / cfg.seq_len, 1), 64)))
+        B = math.gcd(cfg.total_batch_size // (cfg.seq_len * self.world_size), fits)
+        return int(self.sum(B, dist.ReduceOp.MIN))
 
-# Tokens ---------------------------------------------------------------------------------------------------------------
-def get_tokenizer(name):
-    """A tiktoken Encoding: `gpt2`, or `byte`, which is byte-pair encoding with zero merges. Raises UserError."""
-    import tiktoken
-    if name == "byte":
-        return tiktoken.Encoding("byte", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})
+    def averaging(self, model, last_pass):
+        """DDP averages gradients over the processes in each backward pass, unless it is in
+        no_sync(). The last pass of a step is enough: until then, each process adds up its own."""
+        if last_pass or not hasattr(model, "no_sync"):
+            return contextlib.nullcontext()
+        return model.no_sync()
+
+# NVIDIA's data sheets: TFLOP/s of dense matmuls in bfloat16 (or else float16), sums in float32.
+PEAK_TFLOPS = {
+    "V100": 125, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362,
+    "H100": 989.5, "H100 PCIe": 756, "H200": 989.5, "B200": 2250, "RTX 3060": 25.5, "RTX 3090": 71,
+    "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5,
+}
+
+def peak_flops(device):
+    """FLOP/s that the device reaches at best; None where that is not known here."""
+    if device.type != "cuda":
+        return None
+    # "NVIDIA A100-SXM4-80GB" is an A100, "H100 80GB HBM3" an H100. "H100 PCIe" is a slower card,
+    # and a MIG device a slice of one.
+    name = torch.cuda.get_device_name()
+    name = re.sub("NVIDIA |GeForce |Tesla |(-SXM.)?[- ]..GB( HBM3| PCIe)?$", "", name)
+    return PEAK_TFLOPS[name] * 1e12 if name in PEAK_TFLOPS else None
+
+def num_params(model):
+    """How many parameters: the shared matrix once, and no rows that stand for no token."""
+    no_token = (model.lm_head.out_features - model.config.vocab_size) * model.config.n_embd
+    return sum(p.numel() for p in model.parameters()) - no_token
+
+def flops_per_token(model, T):
+    """FLOPs of forward and backward pass: for each parameter a multiplication and an addition, once
+    forward, once for its gradient, and once for that of its input; and 12 L C T for attention
+    (PaLM, arXiv:2204.02311, appendix B)."""
+    return 6 * num_params(model) + 12 * model.config.n_layer * model.config.n_embd * T
+
+def speed_report(model, cfg, dt, machine):
+    """The time of a step, tokens a second, and MFU: which share of the GPU's peak that is."""
+    speed = cfg.total_batch_size / dt
+    report = f"{dt * 1000:.1f} ms | {speed:,.0f} tokens/s"
+    peak = peak_flops(machine.device)
+    if peak:
+        flops = flops_per_token(model, cfg.seq_len) * speed / machine.world_size
+        report += f" | MFU {flops / peak:.1%}"
+    return report
+
+# --------------------------------------------------------------------------------------------------
+# 8. Tokens from files
+
+def load_gpt2_vocabulary():
+    """GPT-2's tokenizer: 1.5 MB, downloaded once, then found in tiktoken's cache."""
     try:
-        return tiktoken.get_encoding("gpt2")  # downloads 1.5 MB once, then finds them in its cache
+        return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:
-        raise UserError(f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, point "
-                        f"TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
+        raise UserError(
+            f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, or "
+            "point TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
 
-def stream_text(model, enc, prompt, cfg, seed):
-    """Continue prompt: an iterator over pieces of text. A character split over tokens waits until it is whole."""
-    rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed)  # not the global one: training uses that
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids = enc.encode_ordinary(prompt) or [enc.eot_token]   # <|endoftext|> stands before every document
-    for token in model.generate([ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, rng, enc.eot_token):
-        if token.item() != enc.eot_token:
-            yield utf8.decode(enc.decode_single_token_bytes(token.item()))
-    yield utf8.decode(b"", final=True)
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
 
-# Data -----------------------------------------------------------------------------------------------------------------
+def find_shards(path):
+    """The files of tokens in a folder: (training split, validation split), lists of paths."""
+    files = [p for p in sorted(path.iterdir()) if p.suffix in (".npy", ".bin")]
+    # In a name like interval_train_01.npy the later word counts.
+    train = [p for p in files if p.name.rfind("train") > p.name.rfind("val")]
+    val = [p for p in files if p.name.rfind("val") > p.name.rfind("train")]
+    require(train and val, f"--data {path}: looked for files of tokens, *train* and *val*, .npy or "
+            f".bin; found {len(train)} and {len(val)}. fineweb.py makes some out of text: python "
+            f"fineweb.py --files '{path}/*.txt' --out_dir shards")
+    return train, val
+
 def open_shard(path):
-    """Token ids of one shard, (n,) uint16, mapped from disk: only what is indexed is read. Raises UserError.
-    .npy as numpy writes it, or .bin as llm.c writes it: 256 int32 (20240520, 1, n, ...), then n uint16."""
+    """The ids of a shard, (n,) uint16. A text's are an array already. A file is mapped from disk,
+    so that only what is indexed is read: .npy as numpy writes it, or .bin as llm.c does, 256 int32
+    (20240520, 1, n, ...) and then n uint16. Raises UserError."""
     if isinstance(path, np.ndarray):
-        return path  # a text's ids are in memory already
+        return path
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
@@ -293,608 +644,1015 @@ def open_shard(path):
             header = np.fromfile(path, dtype="<i4", count=256)
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             if header[:3].tolist() != [20240520, 1, len(tokens)]:
-                raise ValueError(f"{len(tokens):,} tokens, but not llm.c's header for them, (20240520, 1, count)")
+                raise ValueError(f"{len(tokens):,} tokens, and its header is not (20240520, 1, n)")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f"{tokens.dtype} {tokens.shape}, no row of uint16")
+        return tokens
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is cut short or not a token shard: {e}. Make or copy it again") from None
-    require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path}: {tokens.dtype} {tokens.shape}, no row of uint16")
-    return tokens
+        raise UserError(f"{path} is cut short or no shard: {e}. Make or copy it again") from None
 
-def open_data(path, enc):
-    """Training and validation split, lists of shards: paths in a folder, or one array of a text. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        shards = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".bin"))
-        return ([p for p in shards if p.name.rfind("train") > p.name.rfind("val")],
-                [p for p in shards if p.name.rfind("val") > p.name.rfind("train")])
-    try:
-        tokens = enc.encode_to_numpy(path.read_text(encoding="utf-8"), disallowed_special=())
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
-    n = len(tokens) * 9 // 10
-    return [tokens[:n]], [tokens[n:]]
+@dataclass
+class Windows:
+    """windows[n], the T + 1 tokens of the n-th window; n goes on from epoch to epoch. A shard is
+    cut at 0, T, 2 T, ..., and two windows share the token that is a target in one and an input in
+    the other. With a seed, each epoch has another order: of the shards, and of the windows in
+    each."""
+    shards: list
+    T: int
+    vocab_size: int
+    name: str
+    seed: int
 
-class DataLoaderLite:
-    """Batches of windows of T+1 tokens, of which x are the first T and y the last T: one apart. Windows begin at 0, T,
-    2T, ... of a shard; in an epoch each comes once. With a seed, shards are shuffled, then the windows of each. The
-    order follows from seed and position, which all processes share: rank r takes the r-th B windows of a global batch.
-    So no number of processes changes the batches. Raises UserError for too few data, or an id that is too large."""
-    def __init__(self, shards, B, T, vocab_size, name="the data", rank=0, world_size=1, seed=None):
-        self.shards, self.B, self.T, self.vocab_size = shards, B, T, vocab_size
-        self.name, self.rank, self.world_size, self.seed = name, rank, world_size, seed
-        lengths = [len(open_shard(shard)) for shard in shards]
-        self.windows = np.array([max(n - 1, 0) // T for n in lengths])
-        self.total = int(self.windows.sum())
-        require(self.total >= B * world_size,
-                f"{name}: {sum(lengths):,} tokens, too few for {B * world_size} windows of T={T}: lower --batch_size")
-        self.position, self._order, self._open = 0, (None,), (None,)  # position: windows that all processes have taken
+    def __post_init__(self):
+        self.counts = [max(len(open_shard(shard)) - 1, 0) // self.T for shard in self.shards]
+        self.total = sum(self.counts)
+        self.opened = None
 
-    def _perm(self, n, *key):
-        return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, *key]).permutation(n)
+    def require(self, n):
+        require(self.total >= n, f"{self.name}: {self.total} windows of {self.T} + 1 tokens, and "
+                f"{n} are needed: lower --seq_len or --batch_size, or bring more text")
 
-    def window(self, epoch, position):
-        """The T+1 tokens at a position of an epoch."""
-        if self._order[0] != epoch:
-            shards = self._perm(len(self.shards), epoch)
-            self._order = epoch, shards, np.cumsum(self.windows[shards])
-        _, shards, ends = self._order
-        nth = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[nth])
-        if self._open[0] != (epoch, shard):    # one shard at a time stays open
-            self._open = (epoch, shard), open_shard(self.shards[shard]), self._perm(self.windows[shard], epoch, shard)
-        _, tokens, windows = self._open
-        start = int(windows[position - ends[nth] + self.windows[shard]]) * self.T
-        window = tokens[start:start + self.T + 1]
-        require(window.max() < self.vocab_size, f"{getattr(tokens, 'filename', self.name)}: id {window.max()} is "
-                f"outside the vocabulary of {self.vocab_size}: wrong --tokenizer?")
+    def shuffled(self, n, *key):
+        """The numbers below n, in an order that follows from seed and key."""
+        if self.seed is None:
+            return np.arange(n)
+        return np.random.default_rng([self.seed, *key]).permutation(n)
+
+    def __getitem__(self, n):
+        epoch, n = divmod(n, self.total)
+        # In which of the epoch's shards is it? From here on, n counts within that shard.
+        for shard in self.shuffled(len(self.shards), epoch):
+            if n < self.counts[shard]:
+                break
+            n -= self.counts[shard]
+        if self.opened != (epoch, shard):
+            # One shard at a time is open.
+            self.opened = (epoch, shard)
+            self.tokens = open_shard(self.shards[shard])
+            self.starts = self.T * self.shuffled(self.counts[shard], epoch, shard)
+        window = self.tokens[self.starts[n]:self.starts[n] + self.T + 1]
+        name = getattr(self.tokens, "filename", self.name)
+        require(window.max() < self.vocab_size, f"{name}: id {window.max()} is outside the "
+                f"vocabulary of {self.vocab_size}: wrong --tokenizer?")
         return window
 
-    def batch(self, position, n):
-        """n windows from a position on: x, y, each (n, T) int64."""
-        windows = [self.window(*divmod(p, self.total)) for p in range(position, position + n)]
-        buf = torch.from_numpy(np.stack(windows).astype(np.int64))
-        return buf[:, :-1].clone(), buf[:, 1:].clone()  # of one row, views would be contiguous, and one memory
+# --------------------------------------------------------------------------------------------------
+# 9. Looking at the model while it trains
 
-    def next_batch(self):
-        """This rank's part of the next global batch: x, y, each (B, T) int64."""
-        position, self.position = self.position, self.position + self.B * self.world_size
-        return self.batch(position + self.rank * self.B, self.B)
+def due(step, every, last_step):
+    """Is it time for what comes every so many steps (0: never), and after the last one? None, for
+    samples of a text: after 100, 200, 400, 800, ... steps, as most is learnt at first."""
+    if every is None:
+        return last_step or step in [100 * 2**n for n in range(20)]
+    return every > 0 and (step % every == 0 or last_step)
 
-def send(batch, device):
-    """x, y on the device. From pinned memory the copy to a GPU can run while the GPU computes."""
-    return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in batch]
+@torch.no_grad()
+def evaluate(model, loader, B, max_tokens, enc, machine):
+    """(loss, report): a mean over the loader's first max_tokens, in nats, the unit of natural
+    logarithms. The processes share the work; neither their number nor B changes the result."""
+    # How much text a token stands for; <|endoftext|> for none.
+    lengths = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+    lengths[enc.eot_token] = 0
+    windows = min(loader.windows.total, max(max_tokens // loader.T, 1))
+    # Every process makes as many passes as the others, because under FSDP they wait for each other.
+    own = range(machine.rank * B, windows + machine.rank * B, machine.world_size * B)
+    sums = np.zeros(3)
+    for first in tqdm(own, "validation", leave=False, delay=1, disable=machine.rank > 0 or None):
+        x, y = loader.batch(first, B)
+        # What fills up the last batch is not counted.
+        y[max(windows - first, 0):] = -100
+        counted = y[y >= 0]
+        with machine.autocast():
+            loss = model(*machine.send((x, y)))
+        if len(counted):
+            sums += [loss.item() * len(counted), len(counted), lengths[counted].sum()]
+    nats, tokens, text_bytes = machine.sum(sums.tolist())
+    loss = nats / tokens
+    bits = nats / math.log(2) / max(text_bytes, 1)
+    # Perplexity, exp(loss): as unsure as if one guessed among so many equally probable tokens.
+    return loss, (f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | "
+                  f"{bits:.3f} bits per byte")
 
-# Optimiser and learning rate ------------------------------------------------------------------------------------------
-def configure_optimizer(model, lr, weight_decay):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with GPT-3's betas. Only matrices decay: a bias or a
-    LayerNorm weight pulled towards 0 gains nothing."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # fused: one kernel for all
+def keep_probable(logits, top_k, top_p):
+    """logits (B, vocab_size), with -inf for all but the top_k most probable tokens (0: all), and of
+    these for all but the fewest, the most probable first, that hold the share top_p of the
+    probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        probs, order = F.softmax(logits, dim=-1).sort(descending=True, stable=True)
+        # A token is dropped if those before it hold the share already; the first has none before
+        # it. scatter() brings the answers from the sorted order to the tokens' own places.
+        drop = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-6)
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    return logits
 
-def get_lr(step, cfg):
-    """The learning rate of a step: 1) up in a line, 2) down along a cosine, 3) from max_steps on, min_lr."""
-    if step < cfg.warmup_steps:
-        return cfg.max_lr * (step + 1) / cfg.warmup_steps
-    progress = 1 if step >= cfg.max_steps else (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
+def stream_text(model, enc, prompt, cfg, seed):
+    """Continue prompt: an iterator over pieces of text, until <|endoftext|>. A character that is
+    split over tokens waits until it is whole."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    device = model.lm_head.weight.device
+    # Something must come first. For an empty prompt, it is what stood before each document.
+    idx = torch.tensor([enc.encode_ordinary(prompt) or [enc.eot_token]], device=device)
+    # A generator of its own: what training draws must not change.
+    rng = torch.Generator(device).manual_seed(seed)
+    for token in generate(cached(model), idx, cfg.max_new_tokens, temperature=cfg.temperature,
+                          top_k=cfg.top_k, top_p=cfg.top_p, generator=rng):
+        if token.item() == enc.eot_token:
+            break
+        yield utf8.decode(enc.decode_single_token_bytes(token.item()))
+    yield utf8.decode(b"", final=True)
 
-# The machine ----------------------------------------------------------------------------------------------------------
-PEAK_TFLOPS = {"V100": 125, "V100-PCIE": 112, "T4": 65, "A10": 125, "A10G": 70, "A100": 312, "L4": 121, "L40S": 362,
-    "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835.5, "H200": 989.5, "H200 NVL": 835.5, "B200": 2250,
-    "RTX 3060": 25.5, "RTX 3090": 71, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5}
+# --------------------------------------------------------------------------------------------------
+# 10. The run's folder: log.txt, checkpoints, going on after a stop
 
-def peak_flops(device):
-    """FLOP/s at best, from NVIDIA's data sheets: dense bf16 (or else fp16), float32 sums. None if not known here."""
-    name = re.sub("NVIDIA |GeForce |Tesla |-..GB", "", torch.cuda.get_device_name() if device.type == "cuda" else "")
-    tflops = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(re.split("[- ]", name)[0])  # "H100 80GB HBM3" is an H100
-    return tflops * 1e12 if tflops and "MIG" not in name else None                # MIG: a slice of a GPU
+# The version of the checkpoints, which are plain dicts of plain values and tensors. A file of
+# another version is refused.
+FORMAT = 4
 
-def flops_per_token(model, T):
-    """FLOPs of forward and backward: 6 for each parameter, 12 L C T for attention (arXiv:2204.02311, appendix B)."""
-    return 6 * model.num_params() + 12 * model.config.n_layer * model.config.n_embd * T
+def state_dicts():
+    """PyTorch's functions for states that are spread over processes, and the options for one that
+    is in one piece, on the CPU. They are imported when they are needed, which saves a second at
+    start."""
+    import torch.distributed.checkpoint.state_dict as dcp
+    return dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def process():
-    """(rank, local_rank, world_size): which process this is, of all and of its node, and of how many. From torchrun."""
-    return tuple(int(os.environ.get(*key)) for key in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-def summed(*values, device):
-    """The sums of some numbers over all processes."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)                  # sum: an average is not to be had on every backend
-    return total.tolist()
-
-def autocast(device, dtype):
-    """Matmuls in dtype, and the residual stream if that is bfloat16; the loss and the weights stay float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-def parallelize(model, cfg, device):
-    """The model spread over the processes. ddp: each has all of it; gradients are averaged during the backward pass.
-    fsdp: each has a share of all parameters, gradients, moments; a block is gathered for its turn, then dropped."""
-    if cfg.parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model.to(device)) if dist.is_initialized() else model.to(device)
-    from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(device.type, (process()[2],))
-    for module in [*model.transformer.h, model]:
-        fully_shard(module, mesh=mesh)
-    return model
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
-    """Write state to path. It is complete on disk beside path before it takes path's name."""
-    beside = path.with_name("model.tmp")  # the same for all: what a kill left of one, the next overwrites
+    """Write state to path. It is complete on disk, beside path, before it takes path's name."""
+    # Always the same name: what a kill left there, the next one overwrites.
+    beside = path.with_name("model.tmp")
     try:
         with open(beside, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as e:  # torch.save() makes a RuntimeError out of a full disk
+    except (OSError, RuntimeError) as e:
+        # torch.save() makes a RuntimeError out of a full disk.
+        cause = e.__context__ if isinstance(e, RuntimeError) else e
+        if not isinstance(cause, OSError):
+            raise
         beside.unlink(missing_ok=True)
-        e = e if isinstance(e, OSError) else e.__context__ or e
-        sys.exit(f"cannot write {path}: {e}. Earlier checkpoints are whole: make room, then --resume")
+        sys.exit(f"cannot write {path}: {cause}. Earlier checkpoints are whole: make room, then "
+                 "--resume")
 
 def load_checkpoint(path):
-    """The state in a checkpoint, on the CPU. Raises UserError if it is cut short or not ours."""
+    """The state in a checkpoint, on the CPU. Raises UserError if it cannot be used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        require(state["format"] == FORMAT, "written by another version")
-        return state
-    except Exception as e:  # whatever torch.load meets in a broken file
-        raise UserError(f"cannot use the checkpoint {path}, is it cut short, or old? ({type(e).__name__})") from None
+        found = state["format"]
+    except Exception as e:  # whatever torch.load() meets in a broken file
+        name = type(e).__name__
+        raise UserError(f"cannot use {path}: cut short, or no checkpoint? ({name})") from None
+    require(found == FORMAT, f"cannot use {path}: it has format {found}, and this version writes "
+            f"{FORMAT}. The version that wrote it can --export it, for --init_from")
+    return state
 
 def checkpoints(log_dir):
     """Paths of the checkpoints in log_dir by step, oldest first."""
-    return dict(sorted((int(p.stem[6:]), p) for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()))
+    paths = [p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()]
+    return dict(sorted((int(p.stem[6:]), p) for p in paths))
 
 def newest_checkpoint(log_dir):
-    """The newest checkpoint that can be read, or None if there is none yet. Raises UserError if all are broken."""
-    found = checkpoints(log_dir)
-    for path in reversed(found.values()):
+    """(path, state) of the newest checkpoint that can be used; (None, None) if there is none.
+    Raises UserError if none of them can be used."""
+    why = None
+    for path in reversed(checkpoints(log_dir).values()):
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except UserError as e:
-            print(f"warning: {e}; trying the one before", file=sys.stderr)
-    require(not found, f"no checkpoint in {log_dir} can be read: start again without --resume")
+            why = why or e
+            continue
+        if why:
+            print0(f"warning: {why}; going on from {path}", file=sys.stderr)
+        return path, state
+    require(why is None, f"{why}. Nor can any other in {log_dir} be used")
+    return None, None
 
-# Configuration --------------------------------------------------------------------------------------------------------
-def flag(default, help, least=None, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-@dataclasses.dataclass
-class TrainConfig:
-    """All that can be set, one command-line flag each. None: chosen for the model, the data or the machine."""
-    data: str = flag(None, "folder of *train* and *val* shards (.npy, .bin), or a text file")
-    tokenizer: str = flag(None, "gpt2 for shards and for GPT-2's weights, byte for text", choices=["gpt2", "byte"])
-    model: str = flag(None, "size: gpt2 for shards, demo for text", choices=list(SIZES))
-    n_layer: int = flag(None, "override the model's depth", 1)
-    n_head: int = flag(None, "override the model's heads", 1)
-    n_embd: int = flag(None, "override the model's width", 1)
-    block_size: int = flag(None, "override the model's longest context", 1)
-    init_from: str = flag(None, "scratch, a Hugging Face GPT-2 (name or folder), or a checkpoint (.pt)")
-    batch_size: int = flag(None, "B, sequences a forward pass; if left out it is halved until it fits the memory", 1)
-    seq_len: int = flag(None, "T, tokens a sequence (block_size)", 1)
-    total_batch_size: int = flag(None, "tokens a step, in as many passes of B * T as it takes", 1)
-    max_steps: int = flag(None, "steps to train", 0)
-    warmup_steps: int = flag(None, "steps until the learning rate is at its highest", 0)
-    max_lr: float = flag(None, "highest learning rate", 0)
-    min_lr: float = flag(None, "last learning rate (a tenth of the highest; demo: 3e-5)", 0)
-    weight_decay: float = flag(0.1, "pull of the matrices towards 0", 0)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", 0)
-    parallel: str = flag("ddp", "each process has the whole model, or a share of it", choices=["ddp", "fsdp"])
-    checkpoint_activations: bool = flag(False, "less memory: the backward pass computes each block once more")
-    seed: int = flag(1337, "seed of the initial weights, the order of the data and the samples", 0)
-    device: str = flag(None, "where to run", choices=["cpu", "cuda", "mps"])
-    dtype: str = flag(None, "number format of the matmuls", choices=["bfloat16", "float16", "float32"])
-    compile: bool = flag(None, "torch.compile the model for training")
-    fp8: bool = flag(False, "train in 8-bit floats: faster, on an H100 or newer")
-    eval_every: int = flag(None, "steps between validation losses (250; with --init_from 25); 0: never", 0)
-    val_tokens: int = flag(10_485_760, "tokens of the validation split to use, if it has as many", 1)
-    hellaswag_every: int = flag(None, "steps between HellaSwag scores (shards: 250, else never)", 0)
-    sample_every: int = flag(500, "steps between samples; 0: never", 0)
-    save_every: int = flag(None, "steps between checkpoints; 0: never", 0)
-    keep: int = flag(2, "checkpoints to keep: the newest so many, and the best", 1)
-    log_dir: str = flag("log", "where the run lives: log.txt and the checkpoints")
-    resume: bool = flag(False, "go on from the newest good checkpoint in log_dir, if there is one")
-    prompt: str = flag(None, "continue this text (- reads stdin) and exit")
-    temperature: float = flag(0.8, "0: always the likeliest token; 1: as the model believes; higher: wilder", 0)
-    top_k: int = flag(50, "sample among the k likeliest; 0: all", 0)
-    top_p: float = flag(1.0, "sample among the fewest that hold this much of the probability")
-    max_new_tokens: int = flag(300, "tokens to generate", 0)
-    num_samples: int = flag(1, "texts to generate", 1)
-    eval_only: bool = flag(False, "print the validation loss and exit")
-    export: str = flag(None, "write a folder for Hugging Face transformers and exit")
-    wandb: bool = flag(False, "send what log.txt gets to Weights & Biases as well")
-    profile: bool = flag(False, "say where the time of forward and backward goes; the trace: log_dir/trace.json")
-
-# What the command line leaves open. Rates: GPT-3, table 2.1. 19,073 steps = 10e9 tokens / 2**19; 715 = 375e6 / 2**19.
-GPT3 = dict(total_batch_size=2**19, max_steps=19_073, warmup_steps=715, save_every=1000)
-RECIPES = {"demo": dict(batch_size=8, max_steps=3600, warmup_steps=200, max_lr=3e-3, min_lr=3e-5, save_every=250),
-           "gpt2": dict(batch_size=64, max_lr=6e-4, **GPT3), "gpt2-medium": dict(batch_size=32, max_lr=3e-4, **GPT3),
-           "gpt2-large": dict(batch_size=16, max_lr=2.5e-4, **GPT3), "gpt2-xl": dict(batch_size=8, max_lr=2e-4, **GPT3)}
-FINE_TUNE = dict(batch_size=8, total_batch_size=None, max_steps=200, warmup_steps=20, save_every=25, eval_every=25)
-SHAPE = ["tokenizer", "model", "n_layer", "n_head", "n_embd", "block_size"]
-MAY_CHANGE = ("max_steps batch_size dtype eval_every val_tokens hellaswag_every sample_every save_every keep data "
-              "temperature top_k top_p max_new_tokens num_samples wandb").split()
-UNSAVED = "device compile fp8 parallel checkpoint_activations log_dir resume init_from prompt eval_only export profile"
-OUT_OF_MEMORY = "out of memory|can't allocate memory"
-FORMAT = 3  # of the checkpoints: a plain dict of plain values and tensors
-
-def configure(flags):
-    """(cfg, checkpoint): all that the flags leave open, and the state to begin from, or None. Raises UserError."""
-    cfg, (_, local_rank, world_size) = TrainConfig(**flags), process()
-    look_only = cfg.prompt is not None or cfg.eval_only or cfg.export is not None
-    restarted = not look_only and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # one of us had died
-    def default(**values):
-        vars(cfg).update({key: value for key, value in values.items() if getattr(cfg, key) is None})
-    newest = cfg.resume or restarted or look_only and not cfg.init_from
-    checkpoint, keys = newest_checkpoint(cfg.log_dir) if newest else None, []
-    if restarted and not cfg.resume and checkpoint and checkpoint["run"] != os.environ.get("TORCHELASTIC_RUN_ID"):
-        checkpoint = None  # it is an earlier run's: this one has none yet
-    require(checkpoint or not (look_only and newest), f"no checkpoint in {cfg.log_dir}: train, or --init_from gpt2")
-    if checkpoint:
-        keys, cfg.init_from = list(checkpoint["config"]), "scratch"  # no other start any more
-    elif cfg.init_from and cfg.init_from.endswith(".pt"):
-        checkpoint = load_checkpoint(Path(cfg.init_from))
-        keys = list(checkpoint["config"]) if look_only else SHAPE
-    for key in keys:  # a checkpoint brings its configuration; only what MAY_CHANGE may differ from it
-        value = checkpoint["config"][key]
-        setattr(cfg, key, flags.get(key, value))
-        require(getattr(cfg, key) == value or key in MAY_CHANGE or (look_only and key not in SHAPE),
-                f"--{key} {getattr(cfg, key)}: the checkpoint has {value}; may change: {', '.join(MAY_CHANGE)}")
-    pretrained = not checkpoint and cfg.init_from not in (None, "scratch")
-    if pretrained:
-        for key in SHAPE[1:]:
-            require(key not in flags, f"--{key} cannot be chosen: the shape comes with --init_from {cfg.init_from}")
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # from_pretrained() says what
-            theirs = json.loads((Path(cfg.init_from) / "config.json").read_text())
-            default(tokenizer="byte" if theirs["vocab_size"] == 257 else "gpt2",
-                    **{key: theirs.get(key.replace("block_size", "n_positions")) for key in SHAPE[2:]})
-    candidates = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
-    default(data=[*candidates, str(Path(__file__).with_name("input.txt"))][0], init_from="scratch")
-    require(cfg.prompt is not None or cfg.export or Path(cfg.data).exists(), f"--data {cfg.data} does not exist")
-    size = "gpt2" if pretrained or Path(cfg.data).is_dir() else "demo"
-    default(tokenizer="byte" if size == "demo" else "gpt2", model=cfg.init_from if cfg.init_from in SIZES else size)
-    have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": 999}
-    default(device=next(name for name in have if have[name]))
-    require(local_rank < have[cfg.device], f"--device {cfg.device}: this machine, or this build of PyTorch, has "
-            f"{int(have[cfg.device])}: leave the flag out, or lower torchrun's --nproc_per_node")
-    default(batch_size=4 if cfg.device != "cuda" and cfg.model != "demo" else None)  # GPT-2 at B=64 wants 80 GB
-    unasked = {key for key, value in vars(cfg).items() if value is None}
-    recipe = RECIPES[cfg.model]  # fine-tuning: what it knows already is changed in few and small steps
-    fine_tune = FINE_TUNE | dict(max_lr=recipe["max_lr"] / 20) if cfg.init_from != "scratch" else {}
-    default(**SIZES[cfg.model], **recipe | fine_tune)
-    default(seq_len=cfg.block_size, min_lr=cfg.max_lr / 10, hellaswag_every=250 if Path(cfg.data).is_dir() else 0)
-    default(total_batch_size=cfg.batch_size * cfg.seq_len, eval_every=250)
-    if "warmup_steps" in unasked:
-        cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)  # a short trial still gets to its highest rate
-    for f in dataclasses.fields(cfg):
-        value, least = getattr(cfg, f.name), f.metadata["least"]
-        require(least is None or least <= value < (2**63 if f.type is int else math.inf),
-                f"--{f.name} {value} is out of range: it must be {least} or more")
-    require(cfg.parallel == "ddp" or "RANK" in os.environ, "--parallel fsdp needs torchrun --nproc_per_node=N")
-    require(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be above 0 and at most 1")
-    require(cfg.seq_len <= cfg.block_size, f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
-    require(cfg.warmup_steps <= cfg.max_steps, f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
-    done = checkpoint["step"] if checkpoint and cfg.init_from == "scratch" else 0
-    require(done <= cfg.max_steps, f"--max_steps {cfg.max_steps}: the checkpoint already has {done} steps")
-    share = cfg.total_batch_size // (cfg.seq_len * world_size)  # sequences of a step for each process
-    if "batch_size" not in flags or "total_batch_size" in unasked:
-        cfg.batch_size = next((B for B in range(min(cfg.batch_size, share), 1, -1) if share % B == 0), 1)
-    unit = cfg.batch_size * cfg.seq_len * world_size
-    require(look_only or cfg.total_batch_size % unit == 0,
-            f"--total_batch_size {cfg.total_batch_size}: must be a multiple of batch_size * seq_len * processes={unit}")
-    if not look_only:
-        try:
-            Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
-            open(Path(cfg.log_dir) / "log.txt", "a").close()
-        except OSError as e:
-            raise UserError(f"cannot write to --log_dir {cfg.log_dir}: {e.strerror}") from None
-    return cfg, checkpoint
-
-def set_up(cfg, checkpoint):
-    """device, dtype, whether to compile, tokenizer, model (CPU, float32). Under torchrun, all processes meet here."""
-    device = torch.device(cfg.device, process()[1]) if cfg.device == "cuda" else torch.device(cfg.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)          # one GPU for each process
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts us with the old store, full of dead addresses
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend, patience = "nccl" if device.type == "cuda" else "gloo", dist.default_pg_timeout  # 30 minutes
-        dist.init_process_group(backend, timeout=patience, world_size=world_size, rank=rank, store=store)
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = cfg.dtype or ("float32" if device.type != "cuda" else "bfloat16" if bf16 else "float16")
-    require(bf16 or dtype != "bfloat16", "this GPU has no bfloat16: pass --dtype float16")
-    able = device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0) and dtype == "bfloat16"
-    require(not cfg.fp8 or able and cfg.n_embd % 16 == 0, "--fp8 needs an H100 or newer, bfloat16, and n_embd in 16s")
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: 10 bits of mantissa
-    compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None  # none on Windows
-    torch.manual_seed(cfg.seed)
-    enc = get_tokenizer(cfg.tokenizer)
-    padded = math.ceil(enc.n_vocab / 64) * 64  # 50257 -> 50304: matmuls like round numbers
-    if checkpoint:
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-    elif cfg.init_from == "scratch":
-        model = GPT(GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, padded))
-    else:
-        model = GPT.from_pretrained(cfg.init_from, padded)
-        require(model.config.vocab_size == enc.n_vocab, f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}")
-    return device, getattr(torch, dtype), compiles if cfg.compile is None else cfg.compile, enc, model
-
-@torch.no_grad()
-def evaluate(model, loader, cfg, enc, device, dtype):
-    """(loss, report): nats per token, a mean over the loader's first val_tokens, shared out among the processes."""
-    rank, _, world_size = process()
-    bytes_of = np.array([(i != enc.eot_token) * len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
-    windows, B, sums = min(loader.total, max(cfg.val_tokens // loader.T, 1)), cfg.batch_size, np.zeros(3)
-    passes = range(rank * B, windows + rank * B, world_size * B)
-    for first in tqdm(passes, "validation", leave=False, delay=1, disable=rank > 0 or None):
-        x, y = loader.batch(first, B)
-        y[max(windows - first, 0):] = -100  # fills up the last batch, is not counted
-        with autocast(device, dtype):
-            _, loss = model(*send((x, y), device))
-        count = int((y >= 0).sum())
-        sums += [loss.item() * count if count else 0.0, count, bytes_of[y[y >= 0]].sum()]
-    nats, tokens, text_bytes = summed(*sums.tolist(), device=device)
-    loss, bits = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
-    return loss, f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f} | {bits:.3f} bits per byte"
-
-def export(model, enc, path, note):
-    """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name. Raises UserError."""
-    require(not path.exists(), f"--export {path} exists: choose another folder")
-    from transformers import GPT2Config, GPT2LMHeadModel, GenerationConfig, PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    c, eot = model.config, {f"{name}_token_id": enc.eot_token for name in ("bos", "eos", "pad")}
-    shape = {key: getattr(c, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=c.block_size, n_ctx=c.block_size, **shape, **eot))  # as GGUF wants
-    theirs.load_state_dict({key: w.t() if key.endswith(TRANSPOSED) else w[:c.vocab_size] if key.endswith(TIED) else w
-                            for key, w in model.state_dict().items()})
-    theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **eot)
-    converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
-    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks      # and not from a file
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), model_max_length=c.block_size,
-                                        **{key[:-3]: "<|endoftext|>" for key in eot})
-    beside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    theirs.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n"
-                                      f"\nBy train_gpt2.py: {model.num_params() / 1e6:.1f} M parameters, {note}\n")
-    beside.rename(path)
-    print(f"exported to {path}")
-
-def look(cfg, checkpoint):
-    """--eval_only: the validation loss. --export: a Hugging Face folder. --prompt: continue it, num_samples times."""
-    device, dtype, _, enc, model = set_up(cfg, checkpoint)
-    if cfg.export:
-        run = f"step {checkpoint['step']}, best val loss {checkpoint['best_loss']:.4f}" if checkpoint else cfg.init_from
-        return export(model, enc, Path(cfg.export), f"{cfg.model}, tokenizer {cfg.tokenizer}, data {cfg.data}, {run}")
-    model.to(device)
-    if cfg.eval_only:
-        loader = DataLoaderLite(open_data(cfg.data, enc)[1], 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
-        return print(evaluate(model, loader, cfg, enc, device, dtype)[1])
-    prompt = sys.stdin.buffer.read().decode(errors="replace") if cfg.prompt == "-" else cfg.prompt
-    for i in range(cfg.num_samples):
-        print("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
-        with autocast(device, dtype):
-            for piece in stream_text(model, enc, prompt, cfg, cfg.seed + i):
-                print(piece, end="", flush=True)
-        print()
-
-# Training -------------------------------------------------------------------------------------------------------------
-def rehearse(model, parallel_model, cfg, device, dtype, auto_batch):
-    """Two trial passes. In the first, with auto_batch, cfg.batch_size is halved until every process has the memory. In
-    the second DDP settles the order in which it sums gradients, and cfg.profile shows where the time goes."""
-    passes = 2
-    while passes:
-        parallel_model.require_backward_grad_sync, too_large = passes == 1, False
-        try:
-            moments = [torch.empty_like(p) for p in parallel_model.parameters() for _ in range(2)]  # room AdamW needs
-            idx = torch.arange(cfg.batch_size * cfg.seq_len, device=device).view(cfg.batch_size, cfg.seq_len) % 256
-            with torch.profiler.profile() if cfg.profile else contextlib.nullcontext() as prof, autocast(device, dtype):
-                model(idx, idx.clone())[1].backward()  # y another tensor than x, as in training: else it compiles twice
-        except RuntimeError as e:
-            if not auto_batch or not re.search(OUT_OF_MEMORY, str(e)) or cfg.batch_size % 2:
-                raise
-            too_large = True
-        moments = None
-        parallel_model.zero_grad()
-        torch.cuda.empty_cache()
-        if summed(too_large, device=device)[0]:
-            cfg.batch_size //= 2
-            print(f"out of memory: trying --batch_size {cfg.batch_size}")
-        else:
-            passes -= 1
-    if cfg.profile and process()[0] == 0:
-        prof.export_chrome_trace(str(Path(cfg.log_dir) / "trace.json"))
-        print(prof.key_averages().table(f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total", row_limit=15))
-
-def open_log(log_dir, step, resume):
-    """log.txt, open for more rows; those from step on go, they will come again. An earlier run is moved aside first."""
-    path, found = log_dir / "log.txt", checkpoints(log_dir)
-    if (found or path.stat().st_size) and not (resume and found):
-        aside = next(p for n in range(1, 10**9) if not (p := log_dir / f"earlier_run_{n}").exists())
+def open_log(folder, start):
+    """log.txt, open for more rows. Rows from step start on are dropped, as these steps are taken
+    again. A run that begins at step 0 first moves an earlier one aside."""
+    path = folder / "log.txt"
+    earlier = [*checkpoints(folder).values(), path]
+    if start == 0 and (len(earlier) > 1 or path.stat().st_size):
+        n = 1
+        while (aside := folder / f"earlier_run_{n}").exists():
+            n += 1
         aside.mkdir()
-        for old in [*found.values(), path]:
-            old.rename(aside / old.name)
-        print(f"{log_dir} held an earlier run: it is in {aside} now")
+        for file in earlier:
+            file.rename(aside / file.name)
+        print0(f"{folder} held an earlier run: it is in {aside} now")
     rows = path.read_text().splitlines(True) if path.exists() else []
+    # Rows that are whole, STEP STREAM VALUE.
+    rows = [row for row in rows
+            if re.fullmatch(r"\d+ \w+ \S+\n", row) and int(row.split()[0]) < start]
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(r for r in rows if re.fullmatch(r"\d+ \w+ \S+\n", r) and int(r.split()[0]) < step))
+    beside.write_text("".join(rows))
     return open(beside.replace(path), "a", buffering=1)  # a line at a time
 
-def check_finite(step, loss, norm, log_dir):
-    """End the run if a loss or a gradient norm is not a number: nothing after it would be worth saving."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        last_good = [path.name for path in checkpoints(log_dir).values()][-1:] or ["none"]
-        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; not saved. Last good checkpoint: {last_good[0]}. "
-                 f"Start from there (--init_from) with a lower --max_lr, or try --dtype float32")
+@dataclass
+class Run:
+    """What a run leaves in cfg.log_dir, and how it begins, goes on, and ends."""
+    cfg: object
+    model: GPT
+    enc: object
+    optimizers: list
+    scaler: object
+    loader: DataLoaderLite
+    machine: Machine
+    best: tuple = (math.inf, -1)
+    signals: int = 0
+    board: object = None
+    stopping: bool = False
 
-def train(cfg, checkpoint, auto_batch):
-    """Train as cfg says, from a checkpoint's state if there is one to resume."""
-    import torch.distributed.checkpoint.state_dict as dcp
-    resumed = checkpoint if cfg.init_from == "scratch" else None
-    (rank, _, world_size), log_dir = process(), Path(cfg.log_dir)
-    device, dtype, compiles, enc, raw_model = set_up(cfg, checkpoint)
-    raw_model.checkpoint_activations = cfg.checkpoint_activations
-    raw_model.apply(lambda module: setattr(module, "fp8", cfg.fp8))  # Linear looks at it
-    (train_shards, val_shards), T, V = open_data(cfg.data, enc), cfg.seq_len, enc.n_vocab
-    train_loader = DataLoaderLite(train_shards, cfg.batch_size, T, V, f"{cfg.data} (train)", rank, world_size, cfg.seed)
-    val_loader = DataLoaderLite(val_shards, 1, T, V, f"{cfg.data} (val)")
-    parallel = parallelize(raw_model, cfg, device)  # compiled: for the training shape only, with a faster exp()
-    model = torch.compile(parallel, dynamic=False, options={"use_fast_math": True}) if compiles else parallel
-    optimizer = configure_optimizer(raw_model, cfg.max_lr, cfg.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else its calls change nothing
-    kind = "shards" if Path(cfg.data).is_dir() else "a text (shards would be found in edu_fineweb10B)"
-    print(f"training {cfg.model} on {cfg.data}, {kind}\n{raw_model.num_params() / 1e6:.1f} M parameters | tokenizer "
-          f"{enc.name} | {world_size} x {device.type}, {str(dtype)[6:]}{', fp8' * cfg.fp8}{', compiled' * compiles}")
-    rehearse(model, parallel, cfg, device, dtype, auto_batch and cfg.parallel == "ddp")
-    B = train_loader.B = cfg.batch_size
-    accumulate, tokens = cfg.total_batch_size // (B * T * world_size), train_loader.total * T
-    print(f"{cfg.total_batch_size:,} tokens a step = {accumulate} x {world_size} x {B} x {T} | {tokens:,} training "
-          f"tokens | {cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
-    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file under ddp and fsdp
-    start, best_loss, best_step = map(resumed.get, ("step", "best_loss", "best_step")) if resumed else (0, math.inf, -1)
-    if resumed:
-        dcp.set_optimizer_state_dict(raw_model, optimizer, resumed["optimizer"], options=whole)
-        scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # empty unless it trained in float16
-        train_loader.position = resumed["position"]
-        torch.set_rng_state(resumed["rng"]["cpu"])
-        if device.type == "cuda" and torch.is_tensor(resumed["rng"]["cuda"]):
-            torch.cuda.set_rng_state(resumed["rng"]["cuda"])
-    print(f"resumed from step {start:,}" if start else "starting from step 0")
-    (checkpoint or {}).clear()          # frees a copy of model and moments; main() holds the dict, so del would not
-    position, (x, y) = train_loader.position, send(train_loader.next_batch(), device)
-    require(summed(start, device=device)[0] == start * world_size,
-            f"the processes find different checkpoints in {log_dir}: put it on a disk that all nodes share")
-    board = refused = None
-    if cfg.wandb and rank == 0:
-        try:
-            board = importlib.import_module("wandb").init(project="gpt2", dir=log_dir, config=vars(cfg))
-        except Exception as e:          # it is not installed, there is no key, no network
-            refused = f"{f'{e!s} '.splitlines()[0]}: pip install wandb, wandb login, WANDB_MODE=offline, or --no-wandb"
-    require(not summed(refused is not None, device=device)[0], f"--wandb: {refused or 'see rank 0'}")
-    log = open_log(log_dir, start, start > 0) if rank == 0 else open(os.devnull, "w")
-    def record(stream, value, report):
-        print(f"step {step:5d} | {report}")
-        log.write(f"{step} {stream} {value:.6f}\n")
-        if board:
-            board.log({stream: value}, step=step)
-    stop, stopping = [], False          # the first SIGTERM or Ctrl-C ends the run after its step, the second at once
-    def ask_to_stop(signum, frame):
-        stop.append(signum)             # torchrun repeats what all have heard already, and kills them after 30 s
+    def begin(self):
+        """Go on from the checkpoint that cfg names, or begin; returns the step."""
+        cfg, loader, machine = self.cfg, self.loader, self.machine
+        self.folder = Path(cfg.log_dir)
+        start = self.restore() if cfg.resume else 0
+        require(start <= cfg.max_steps,
+                f"--max_steps {cfg.max_steps}: the checkpoint already has {start} steps")
+        # Wrong data show now, before an earlier run is moved aside.
+        loader.batch(loader.position, loader.B)
+        require(machine.sum(start) == start * machine.world_size, "the processes find different "
+                f"checkpoints in {self.folder}: put it on a disk that all machines share")
+        why = ""
+        if cfg.wandb and machine.rank == 0:
+            try:
+                import wandb
+                self.board = wandb.init(project="gpt2", dir=cfg.log_dir, config=vars(cfg))
+            except Exception as e:  # it is not installed, there is no key, no network
+                why = f"{e!s} ".splitlines()[0].strip() or type(e).__name__
+        require(not machine.sum(bool(why)), f"--wandb: {why or 'see the first process'}: pip "
+                "install wandb, then wandb login, or WANDB_MODE=offline, or --no-wandb")
+        self.rows = open_log(self.folder, start) if machine.rank == 0 else open(os.devnull, "w")
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.on_signal)
+        self.passes = cfg.total_batch_size // (loader.B * loader.T * loader.world_size)
+        tokens = loader.windows.total * loader.T
+        print0(f"{cfg.total_batch_size:,} tokens a step = {self.passes} x {loader.world_size} x "
+               f"{loader.B} x {loader.T} | {tokens:,} training tokens | {cfg.max_steps:,} steps, "
+               f"{cfg.max_steps * cfg.total_batch_size / tokens:.1f} epochs")
+        print0(f"resumed from step {start:,}" if start else "starting from step 0")
+        self.items = self.load_hellaswag()
+        return start
+
+    def restore(self):
+        """Everything as it was when the checkpoint was saved; returns its step. The file was read
+        for the weights already, but to keep all of it in memory until now would be too much."""
+        dcp, whole = state_dicts()
+        state = load_checkpoint(Path(self.cfg.init_from))
+        # But the highest rate and the weight decay are what cfg says now.
+        now = dcp.get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
+        for group, asked in zip(state["optimizer"]["param_groups"], now, strict=True):
+            group.update(max_lr=asked["max_lr"], weight_decay=asked["weight_decay"])
+        dcp.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=whole)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.loader.position = state["position"]
+        self.best = state["best"]
+        torch.set_rng_state(state["rng"])
+        return state["step"]
+
+    def log(self, step, stream, value, report):
+        """A row of log.txt, and a line on the screen; of the steps one in log_every, and the
+        last."""
+        self.check_finite(step, value, 0.0)
+        if stream != "train" or due(step, self.cfg.log_every, step + 1 == self.cfg.max_steps):
+            print0(f"step {step:5d} | {report}")
+        self.rows.write(f"{step} {stream} {value:.6f}\n")
+        if self.board:
+            self.board.log({stream: value}, step=step)
+
+    def load_hellaswag(self):
+        """HellaSwag's items, if they are wanted. A run goes on without them rather than end, and
+        says why; all processes have them, or none."""
+        items = []
+        if self.cfg.hellaswag_every:
+            import hellaswag
+            try:
+                items = hellaswag.load_items(self.enc)
+            except hellaswag.UserError as e:
+                print0(f"HellaSwag is off: {e}")
+        return items if self.machine.sum(bool(items)) == self.machine.world_size else []
+
+    def score_hellaswag(self, step):
+        """HellaSwag is a test: which of four endings of a story is the right one? See
+        hellaswag.py."""
+        if self.items:
+            from hellaswag import accuracy, score
+            sums, means = score(self.model, self.items, self.machine.device, self.machine.dtype)
+            acc, acc_norm = accuracy(sums, self.items), accuracy(means, self.items)
+            self.log(step, "hella", acc_norm, f"HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
+
+    def sample(self, step):
+        """Show what the model writes: always the same prompt and seed, so that it alone makes the
+        difference."""
+        self.check_model(step)
+        prompt = "\n" if self.enc.name == "byte" else "The first thing to know is"
+        with self.machine.autocast():
+            text = "".join(stream_text(self.model, self.enc, prompt, self.cfg, self.cfg.seed))
+        print0(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
+
+    @torch.no_grad()
+    def check_model(self, step):
+        """Is the model still good after the last step? A checkpoint of a ruined one would take the
+        place of a good one."""
+        x, y = self.machine.send(self.loader.batch(self.loader.position, 1))
+        with self.machine.autocast():
+            self.check_finite(step, self.model(x, y).item(), 0.0)
+
+    def save(self, step, val_loss=math.inf):
+        """Write a checkpoint, then delete those that are too old. The best one is kept."""
+        self.check_model(step)
+        self.best = min(tuple(self.best), (val_loss, step))
+        model, loader = self.model, self.loader
+        dcp, whole = state_dicts()
+        weights = dcp.get_model_state_dict(model, options=whole)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "config": {key: value for key, value in vars(self.cfg).items() if key not in NOT_SAVED},
+            "model_config": vars(model.config),
+            "model": weights,
+            "optimizer": dcp.get_optimizer_state_dict(model, self.optimizers, options=whole),
+            "scaler": self.scaler.state_dict(),
+            # train() has fetched one batch that it has not used yet.
+            "position": loader.position - loader.B * loader.world_size,
+            "rng": torch.get_rng_state(),
+            "best": self.best,
+        }
+        if self.machine.rank == 0:
+            if model.lm_head.weight is model.transformer.wte.weight:
+                # Two names of one matrix: as one tensor it is written once.
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            save_checkpoint(self.folder / f"model_{step:05d}.pt", state)
+            # Later ones than this can only be broken ones, which were passed over.
+            kept = checkpoints(self.folder)
+            for old in [s for s in kept if s <= step and s != self.best[1]][:-self.cfg.keep]:
+                kept[old].unlink()
+
+    def check_finite(self, step, loss, norm):
+        """End a run that has no numbers any more: nothing after that would be worth saving."""
+        # float16 may overflow once in a while; its scaler leaves out that step.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        again = "Begin again with"
+        good = list(checkpoints(self.folder))
+        if good:
+            again = f"The checkpoint of step {good[-1]} is good: go on from it with --resume and"
+        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; not saved. {again} a lower "
+                 "--max_lr, or with --dtype float32")
+
+    def on_signal(self, signum, frame):
+        """The first Ctrl-C or SIGTERM ends the run after its step, the second at once. Under
+        torchrun, which sends each process a signal that it may have had from the terminal already,
+        the second is ignored."""
+        self.signals += 1
         signal.signal(signum, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, ask_to_stop)
-    if cfg.hellaswag_every:
-        import hellaswag
-        items = hellaswag.load_items_or_say(enc, device)
-    prompt = "\n" if cfg.tokenizer == "byte" else "The first thing to know is"
-    peak, flops = peak_flops(device), flops_per_token(raw_model, T)
-    for step in range(start, cfg.max_steps + 1):
-        last_step, val_loss = step == cfg.max_steps, None
-        evaluating, scoring, sampling, saving = (every and (step % every == 0 or last_step) for every in (
-            cfg.eval_every, cfg.hellaswag_every, cfg.sample_every, cfg.save_every))
-        if step > 0 and (stopping or evaluating or scoring or sampling or saving):
-            with torch.no_grad(), autocast(device, dtype):
-                check_finite(step, raw_model(x[:1], y[:1])[1].item(), 0.0, log_dir)  # did the last step ruin it?
-        if evaluating and not stopping:
-            val_loss, report = evaluate(model, val_loader, cfg, enc, device, dtype)
-            record("val", val_loss, report)
-        if scoring and not stopping and items:
-            acc, acc_norm = hellaswag.accuracies(raw_model, items, device, dtype)
-            record("hella", acc_norm, f"HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
-        if sampling and not stopping and step > 0:
-            if cfg.parallel == "fsdp":
-                raw_model.unshard()     # generate() passes by the hook of the whole module, which would do it
-            with autocast(device, dtype):
-                text = "".join(stream_text(raw_model, enc, prompt, cfg, cfg.seed))
-            print(f"step {step:5d} | sample: {(prompt + text).strip()}\n")
-        if step > 0 and (stopping or saving):
-            if val_loss is not None and val_loss < best_loss:
-                best_loss, best_step = val_loss, step
-            state = {"step": step, "val_loss": val_loss, "best_loss": best_loss, "best_step": best_step,
-                "model": dcp.get_model_state_dict(raw_model, options=whole),
-                "optimizer": dcp.get_optimizer_state_dict(raw_model, optimizer, options=whole),
-                "rng": {"cpu": torch.get_rng_state(), "cuda": device.type == "cuda" and torch.cuda.get_rng_state()},
-                "scaler": scaler.state_dict(), "position": position, "run": os.environ.get("TORCHELASTIC_RUN_ID"),
-                "format": FORMAT, "model_config": dataclasses.asdict(raw_model.config),
-                "config": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNSAVED.split()}}
-            if rank == 0:
-                state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]  # one matrix, written once
-                save_checkpoint(log_dir / f"model_{step:05d}.pt", state)
-                for path in [p for s, p in checkpoints(log_dir).items() if s <= step and s != best_step][:-cfg.keep]:
-                    path.unlink()
-        if stopping or last_step:
-            break
-        # One step: the gradient of the mean loss over total_batch_size tokens, gathered in several passes
-        t0, loss_sum = time.perf_counter(), 0.0
-        for micro_step in range(accumulate):
-            parallel.require_backward_grad_sync = micro_step == accumulate - 1  # DDP: one average a step
-            with autocast(device, dtype):
-                _, loss = model(x, y)
-            loss = loss / accumulate    # backward() adds up; the mean over the step wants each pass's share
-            loss_sum += loss.detach()
-            position = train_loader.position                         # the batch in hand is used, the next one not yet
-            x, y = send(train_loader.next_batch(), device)           # on its way while the GPU still computes
-            scaler.scale(loss).backward()   # float16: small gradients would vanish, so the loss is scaled up first
-        scaler.unscale_(optimizer)      # or the norm would be that of the scaled gradient
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = lr = get_lr(step, cfg)
-        scaler.step(optimizer)          # float16: leaves out the step if the gradient overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        loss, stopping = summed(loss_sum.item() / world_size, len(stop), device=device)  # all must stop alike
-        norm, dt = norm.item(), time.perf_counter() - t0  # after item() the GPU is done: dt is all of the step
-        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm, log_dir)  # the scaler expects overflows
-        mfu = f" | MFU {flops * cfg.total_batch_size / dt / peak / world_size:.1%}" if peak else ""
-        record("train", loss, f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {dt * 1000:.1f} ms | "
-               f"{cfg.total_batch_size / dt:,.0f} tokens/s{mfu}")
-    best = f"init_from {log_dir / f'model_{best_step:05d}.pt'}" if best_step > 0 else f"log_dir {log_dir}"
-    print(f"stopped after {step:,} steps: --resume goes on from there" if stopping else
-          f"Done: the run is in {log_dir}. What next?\n  python train_gpt2.py --{best} --prompt Once")
 
-# Command line ---------------------------------------------------------------------------------------------------------
-def main():
-    """Read the flags, do what they ask. Exit codes: 0 done, 1 failed while running, 2 cannot be done as asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what was given
-    for f in dataclasses.fields(TrainConfig):
-        kind = dict(type=f.type, choices=f.metadata["choices"])
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
-        parser.add_argument(f"--{f.name}", **kind, help=f"{f.metadata['help']} ({f.default})".replace(" (None)", ""))
-    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")  # and not argparse's usage
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console that lacks a character shows "?"
+    def stop_if_asked(self):
+        """All processes stop after the same step, if one of them was told to."""
+        self.stopping = self.machine.sum(self.signals) > 0
+
+    def end(self, step):
+        kept = checkpoints(self.folder)
+        if self.stopping:
+            print0(f"stopped after {step:,} steps: --resume goes on from there")
+        elif kept:
+            best = str(kept.get(self.best[1]) or kept[max(kept)])
+            command = shlex.join(["python", sys.argv[0], "--init_from", best, "--prompt", "Once"])
+            print0(f"Done: the run is in {self.folder}. What next?\n  {command}")
+        else:
+            print0(f"Done: the log is in {self.folder}, and no checkpoint")
+
+# --------------------------------------------------------------------------------------------------
+# 11. Other people's weights, ours for others, and models that are only looked at
+
+# Hugging Face keeps these matrices as (in, out), nn.Linear as (out, in).
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+def from_pretrained(name):
+    """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError."""
+    # Our own line says what is wrong.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error",
+                      HF_HUB_DISABLE_PROGRESS_BARS="1")
+    from transformers import GPT2Config, GPT2LMHeadModel
+    known = list(SIZES)[1:]
+    require(name in known or Path(name).is_dir(),
+            f"'{name}' is neither a folder nor a GPT-2: {', '.join(known)}")
     try:
-        flags = vars(parser.parse_args())
-        if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and os.environ["GROUP_WORLD_SIZE"] == "1":
-            os.environ["TORCHELASTIC_RUN_ID"] = f"torchrun {os.getppid()}"  # the same after a restart, unlike "none"
-        cfg, checkpoint = configure(flags)
-        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")  # rank 0 speaks for all
-        looking = cfg.prompt is not None or cfg.eval_only or cfg.export
-        look(cfg, checkpoint) if looking else train(cfg, checkpoint, auto_batch="batch_size" not in flags)
-    except UserError as e:
-        print(f"train_gpt2.py: {e}", file=sys.stderr)
+        theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except Exception as e:  # whatever the Hub, the disk or a broken file may raise
+        why = f"{e!s} ".splitlines()[0]
+        raise UserError(f"cannot load {name} (no network? files missing?): {why}") from None
+    c = theirs.config
+    fixed = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner",
+             "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+    usual = GPT2Config()
+    odd = [*info["missing_keys"]] + [key for key in fixed if getattr(c, key) != getattr(usual, key)]
+    require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
+    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+    weights = theirs.state_dict()
+    # By our names: theirs may have buffers besides, which do not matter.
+    for key, p in model.named_parameters():
+        w = weights[key].t() if key.endswith(TRANSPOSED) else weights[key]
+        p.data.zero_()
+        p.data[:len(w)] = w  # wte has more rows than tokens; the rest stays 0
+    return model
+
+def export(model, enc, path, note):
+    """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name.
+    Raises UserError if there is something at path already."""
+    require(not path.exists(), f"--export {path} exists: choose another folder")
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    c = model.config
+    # Hugging Face has three names for what is one token here.
+    names = ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": enc.eot_token for name in names}
+    # n_ctx is the old name of n_positions. GGUF's converter asks for it.
+    theirs = GPT2LMHeadModel(GPT2Config(
+        n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
+        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, **ids))
+    weights = model.state_dict()
+    for key, w in weights.items():
+        if key.endswith(TRANSPOSED):
+            weights[key] = w.t()
+        if key.endswith(("wte.weight", "lm_head.weight")):
+            weights[key] = w[:c.vocab_size]
+    theirs.load_state_dict(weights)
+    theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **ids)
+    converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
+    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks  # and not from a file
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), model_max_length=c.block_size,
+        **{f"{name}_token": "<|endoftext|>" for name in names})
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"cannot write --export {path}: {e.strerror}") from None
+    theirs.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text(
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n"
+        f"By train_gpt2.py: {num_params(model) / 1e6:.1f} M parameters, {note}\n")
+    beside.rename(path)
+    print0(f"exported to {path}")
+
+def print_banner(cfg, model, machine):
+    """What is trained, on what, and where."""
+    kind = "a text (shards would be found in edu_fineweb10B)"
+    if Path(cfg.data).is_dir():
+        kind = "shards"
+    print0(f"training on {cfg.data}, {kind}")
+    extras = ", fp8" * cfg.fp8 + ", compiled" * machine.compiles
+    print0(f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}: "
+           f"{num_params(model) / 1e6:.1f} M parameters | tokenizer {cfg.tokenizer} | "
+           f"{machine.world_size} x {machine.device.type}, {str(machine.dtype)[6:]}{extras}")
+
+def look(cfg, model, enc, machine):
+    """--export, --eval_only or --prompt: what is done with a model that is not to be trained."""
+    if cfg.export is not None:
+        if machine.rank == 0:
+            note = f"tokenizer {enc.name}, data {cfg.data}, from {cfg.init_from}"
+            export(model, enc, Path(cfg.export), note)
+        return
+    swap_classes(model.to(machine.device), faster_classes(cfg))
+    if cfg.eval_only:
+        _, val_shards = open_data(cfg.data, enc)
+        loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
+        _, report = evaluate(model, loader, machine.sequences(cfg), cfg.val_tokens, enc, machine)
+        print0(report)
+        return
+    prompt = cfg.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode(errors="replace")
+    for i in range(cfg.num_samples):
+        print0("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
+        with machine.autocast():
+            for piece in stream_text(model, enc, prompt, cfg, cfg.seed + i):
+                print0(piece, end="", flush=True)
+        print0()
+
+# ==================================================================================================
+# PART III: THE COMMAND LINE
+# --------------------------------------------------------------------------------------------------
+# 12. What can be set
+
+@dataclass
+class TrainConfig:
+    """All that can be set, a flag each. Where a default is None, the preset, the data or the
+    machine decides.
+
+    data             folder of *train* and *val* shards (.npy, .bin), or a text file
+    tokenizer        gpt2 for shards and for GPT-2's weights, byte for a text
+    model            size: demo for a text, gpt2 for shards; or gpt2-medium, gpt2-large, gpt2-xl
+    n_layer          override the model's depth
+    n_head           override the model's heads
+    n_embd           override the model's width
+    block_size       override the model's longest context
+    init_from        scratch, a Hugging Face GPT-2 (name or folder), or a checkpoint (.pt)
+    batch_size       B, sequences a pass: a matter of memory, not of the result (what should fit)
+    seq_len          T, tokens a sequence (block_size)
+    total_batch_size tokens a step, in passes of B * T (shards: 524288; a text: 8 * T)
+    max_steps        steps to train
+    warmup_steps     steps until the learning rate is at its highest
+    max_lr           highest learning rate (by width; to fine-tune given weights: a 20th of that)
+    min_lr           last learning rate (a 10th of the highest; a text from scratch: a 100th)
+    weight_decay     pull of the matrices towards 0
+    grad_clip        largest gradient norm; 0: no clipping
+    seed             of the weights, the order of the data, the samples
+    parallel         ddp: each process has all of the model; fsdp: a share of it
+    checkpoint_activations  less memory: the backward pass computes each block once more
+    device           cpu, cuda or mps
+    dtype            number format of the matmuls: bfloat16, float16 or float32
+    compile          torch.compile the model for training
+    fp8              train in 8-bit floats: faster, on an H100 or newer
+    log_every        steps between lines on the screen; log.txt has all
+    eval_every       steps between validation losses; 0: never
+    val_tokens       tokens of the validation split to use, if it has as many
+    hellaswag_every  steps between HellaSwag scores; 0: never
+    sample_every     steps between samples (a text: after 100, 200, 400, ... steps); 0: never
+    save_every       steps between checkpoints; 0: never
+    keep             checkpoints to keep: the newest so many, and the best
+    log_dir          where the run lives: log.txt and the checkpoints
+    resume           go on from the newest good checkpoint in log_dir, if there is one
+    prompt           continue this text (- reads stdin) and exit
+    temperature      0: always the likeliest token; 1: as the model believes; above: wilder
+    top_k            sample among the k likeliest; 0: all
+    top_p            sample among the fewest that hold this much of the probability
+    max_new_tokens   tokens to generate
+    num_samples      texts to generate
+    eval_only        print the validation loss and exit
+    export           write a folder for Hugging Face transformers and exit
+    wandb            send what log.txt gets to Weights & Biases as well
+    """
+    data: str = None
+    tokenizer: str = None
+    model: str = None
+    n_layer: int = None
+    n_head: int = None
+    n_embd: int = None
+    block_size: int = None
+    init_from: str = "scratch"
+    batch_size: int = None
+    seq_len: int = None
+    total_batch_size: int = None
+    max_steps: int = None
+    warmup_steps: int = None
+    max_lr: float = None
+    min_lr: float = None
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    seed: int = 1337
+    parallel: str = "ddp"
+    checkpoint_activations: bool = False
+    device: str = None
+    dtype: str = None
+    compile: bool = None
+    fp8: bool = False
+    log_every: int = None
+    eval_every: int = 250
+    val_tokens: int = 10_485_760
+    hellaswag_every: int = None
+    sample_every: int = None
+    save_every: int = None
+    keep: int = 2
+    log_dir: str = "log"
+    resume: bool = False
+    prompt: str = None
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    max_new_tokens: int = 300
+    num_samples: int = 1
+    eval_only: bool = False
+    export: str = None
+    wandb: bool = False
+
+# Of the numbers, these must be 1 or more, all others 0 or more.
+AT_LEAST_1 = {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "seq_len",
+              "total_batch_size", "val_tokens", "keep", "num_samples"}
+
+SIZES = {
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128),  # 0.4 M parameters
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124 M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355 M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774 M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1,558 M
+}
+SHAPE = list(SIZES["demo"])
+CHOICES = {"model": SIZES, "tokenizer": ["gpt2", "byte"], "parallel": ["ddp", "fsdp"],
+           "device": ["cpu", "cuda", "mps"], "dtype": ["bfloat16", "float16", "float32"]}
+
+# The two kinds of run.
+PRESETS = {
+    # A laptop, two minutes.
+    "text": dict(model="demo", max_steps=3600, warmup_steps=200, save_every=250,
+                 hellaswag_every=0, log_every=50),
+    # A GPU, hours. 19,073 steps of 2**19 tokens are 10e9; GPT-3 warmed up for 375e6, or 715 steps.
+    "shards": dict(model="gpt2", max_steps=19_073, warmup_steps=715, total_batch_size=2**19,
+                   save_every=1000, hellaswag_every=250, sample_every=500, log_every=1),
+}
+# What is another number if the weights know something already: few steps, and small ones.
+FINE_TUNE = dict(max_steps=200, warmup_steps=20, save_every=25, eval_every=25, log_every=10,
+                 total_batch_size=None)
+
+# The highest learning rate by the model's width, from GPT-3's table 2.1; the first one is measured.
+# For widths in between it is interpolated.
+WIDTHS = [128, 768, 1024, 1280, 1600]
+RATES = [3e-3, 6e-4, 3e-4, 2.5e-4, 2e-4]
+
+# These do not train.
+LOOKS = ["prompt", "eval_only", "export"]
+# What a checkpoint does not bring along: a run may go on elsewhere, and otherwise.
+NOT_SAVED = ["model", "init_from", "device", "compile", "fp8", "parallel", "checkpoint_activations",
+             "log_dir", "resume", *LOOKS]
+
+# --------------------------------------------------------------------------------------------------
+# 13. From the flags to a complete configuration
+
+def configure(flags):
+    """(cfg, model): a complete TrainConfig, and the model to begin with, or None for a fresh one.
+    What a flag says goes before what a checkpoint says, and that before the preset. Raises
+    UserError for what cannot be."""
+    asked = TrainConfig(**flags)
+    check_values(asked)
+    looking = looks(asked)
+    model, known, init_from, resume = load_start(asked, looking)
+    # A run's position counts windows of seq_len.
+    fixed = [*SHAPE, "seq_len"] if resume else SHAPE
+    for key, value in {**SIZES.get(asked.model, {}), **flags}.items():
+        if model and key in fixed:
+            require(value == known[key], f"--{key} {value}: {init_from} has {known[key]}, and the "
+                    "shape of a model, or of its run's data, cannot change")
+    if "max_lr" in flags:
+        # min_lr follows it.
+        known.pop("min_lr", None)
+
+    # The data decide which preset it is, or the demo's size does, which is for a laptop.
+    data = asked.data or known.get("data") or default_data()
+    require(looking or Path(data).exists(), f"--data {data} does not exist")
+    text = not Path(data).is_dir()
+    small = text or asked.model == "demo"
+    preset = {**PRESETS["text" if small else "shards"], "tokenizer": "byte" if text else "gpt2"}
+    fresh = model is None or resume
+    if not fresh:
+        preset = {**preset, **FINE_TUNE}
+    size = SIZES[asked.model or preset["model"]]
+    chosen = {"data": data, "init_from": init_from, "resume": resume}
+    cfg = TrainConfig(**{**preset, **size, **known, **flags, **chosen})
+
+    if "warmup_steps" not in {**known, **flags}:
+        # A short trial, too, gets to its highest rate.
+        cfg.warmup_steps = min(cfg.warmup_steps, cfg.max_steps // 5)
+    if cfg.seq_len is None:
+        cfg.seq_len = cfg.block_size
+    if cfg.max_lr is None:
+        cfg.max_lr = float(np.interp(cfg.n_embd, WIDTHS, RATES)) / (1 if fresh else 20)
+    if cfg.min_lr is None:
+        cfg.min_lr = cfg.max_lr / (100 if small and fresh else 10)
+    check_and_share(cfg, looking)
+    return cfg, model
+
+def check_and_share(cfg, looking):
+    """Do the settings go together, and with the number of processes?"""
+    one_pass = (cfg.batch_size or 1) * from_torchrun("WORLD_SIZE", 1) * cfg.seq_len
+    if cfg.total_batch_size is None:
+        # 8 sequences, or the next number that all processes can share.
+        cfg.total_batch_size = math.ceil(8 * cfg.seq_len / one_pass) * one_pass
+    require(cfg.seq_len <= cfg.block_size,
+            f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
+    if not looking:
+        require(cfg.warmup_steps <= cfg.max_steps,
+                f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
+        require(cfg.parallel == "ddp" or "RANK" in os.environ, "--parallel fsdp needs torchrun")
+        require(cfg.total_batch_size % one_pass == 0, f"--total_batch_size {cfg.total_batch_size}: "
+                f"must be a multiple of batch_size * seq_len * processes={one_pass}")
+        try_folder(Path(cfg.log_dir))
+
+def looks(cfg):
+    """Is it not to be trained?"""
+    return cfg.eval_only or cfg.prompt is not None or cfg.export is not None
+
+def try_folder(folder):
+    """Can log.txt be written? Better to know before anything slow."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        open(folder / "log.txt", "a").close()
+    except OSError as e:
+        raise UserError(f"cannot write to --log_dir {folder}: {e.strerror}") from None
+
+def load_start(asked, looking):
+    """(model, known, init_from, resume): the weights to begin from, or None; the settings that come
+    with them; where they are from; whether their run goes on."""
+    init_from = asked.init_from
+    state = None
+    if asked.resume or looking and init_from == "scratch":
+        path, state = newest_checkpoint(asked.log_dir)
+        require(state or not looking,
+                f"no checkpoint in {asked.log_dir}: train one, or pass --init_from gpt2")
+        init_from = str(path or init_from)
+    own = state is not None
+    if init_from == "scratch":
+        return None, {}, init_from, False
+    if init_from.endswith(".pt"):
+        state = state or load_checkpoint(Path(init_from))
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+        if own or looking:
+            return model, state["config"], init_from, not looking
+    else:
+        model = from_pretrained(init_from)
+    # For another run, nothing but what is in the weights.
+    known = {key: getattr(model.config, key) for key in SHAPE}
+    known["tokenizer"] = "byte" if model.config.vocab_size == 257 else "gpt2"
+    return model, known, init_from, False
+
+def default_data():
+    """Shards if there are any here, else a text, else the text beside this file."""
+    here = [name for name in ("edu_fineweb10B", "input.txt") if Path(name).exists()]
+    return here[0] if here else str(Path(__file__).with_name("input.txt"))
+
+def check_values(cfg):
+    for key, value in vars(cfg).items():
+        least = 1 if key in AT_LEAST_1 else 0
+        if type(value) in (int, float):
+            most = 2**63 if type(value) is int else math.inf
+            require(least <= value < most,
+                    f"--{key} {value} is out of range: it must be finite, and {least} or more")
+    require(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be above 0 and at most 1")
+
+# --------------------------------------------------------------------------------------------------
+# 14. main
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+# What the system says of a disk that is full or broken, or may not be written to.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+@contextlib.contextmanager
+def exit_codes(program, *user_errors):
+    """What a user did or can mend ends the program with one line, and with 2 if it cannot be done
+    as asked, 1 if it failed while running. A fault of the program's own keeps its traceback."""
+    # A console that lacks a character shows "?"; each line is there at once.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        yield
+    except (UserError, *user_errors) as e:
+        print(f"{program}: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except OSError as e:                      # the disk is full, or, as in `| head`, nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it leaves
-        sys.exit(1 if isinstance(e, BrokenPipeError) else f"train_gpt2.py: {e}. Checkpoints already written are whole")
-    except RuntimeError as e:
-        if not re.search(OUT_OF_MEMORY, str(e)):
-            raise
-        sys.exit("train_gpt2.py: out of memory: lower --batch_size (not --total_batch_size) or --seq_len")
+    except (OSError, RuntimeError) as e:
+        gone = isinstance(e, BrokenPipeError)  # as in `| head`: nobody reads on
+        if gone or getattr(e, "errno", None) in DISK_ERRORS:
+            # Python writes what is left as it leaves: into nothing now, or it would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1 if gone else f"{program}: {e}. Checkpoints already written are whole")
+        if OUT_OF_MEMORY.search(str(e)):
+            sys.exit(f"{program}: out of memory: lower --batch_size, which changes no result")
+        raise
     finally:
         if dist.is_initialized():
-            if sys.exc_info()[0]:             # the others may wait for us: a regular farewell would wait for them
+            if sys.exc_info()[0]:
+                # The others may wait for this one. A regular farewell would wait for them.
                 dist.group.WORLD.abort()
-            time.sleep(0.1)                   # gloo's threads let go of the last tensors, for which they need Python
+            # gloo, which sums on a CPU, still holds tensors, and needs Python to let go of them.
+            time.sleep(0.1)
             dist.destroy_process_group()
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, without the usage."""
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+def main():
+    """Read the flags, do what they ask. Exit codes: 0 done, 1 failed while running, 2 cannot be
+    done as asked."""
+    # SUPPRESS: a flag that was not given is not in the result either.
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    one_of = parser.add_mutually_exclusive_group()
+    help_of = dict(re.findall(r"^ *(\w+) +(.+)$", TrainConfig.__doc__ or "", re.M))
+    for f in dataclasses.fields(TrainConfig):
+        kind = dict(type=f.type, choices=CHOICES.get(f.name))
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        group = one_of if f.name in LOOKS else parser
+        default = "" if f.default is None else f" ({f.default})"
+        group.add_argument(f"--{f.name}", help=help_of.get(f.name, "") + default, **kind)
+    with exit_codes("train_gpt2.py"):
+        cfg, model = configure(vars(parser.parse_args()))
+        machine = Machine(cfg)
+        machine.meet()
+        torch.manual_seed(cfg.seed)
+        enc = get_tokenizer(cfg.tokenizer)
+        if model is None:
+            shape = GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
+            model = GPT(shape)
+        require(model.config.vocab_size == enc.n_vocab,
+                f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}")
+        if looks(cfg):
+            look(cfg, model, enc, machine)
+        else:
+            print_banner(cfg, model, machine)
+            train(cfg, model, enc, machine)
+
+# ==================================================================================================
+# PART IV: SINCE GPT-2
+#
+# Kept free. A second model needs a trunk() of its own, and optimisers, which are a list. The rest
+# of the program does not look inside.
+
+# ==================================================================================================
+# PART V: FASTER
+#
+# The same in less time: to rounding, and with --fp8 to what 8 bits can tell apart. Each class here
+# stands in for one of part I: it adds no parameters, only computes otherwise. So swap_classes() can
+# assign it to a module that is there already.
+# --------------------------------------------------------------------------------------------------
+# 15. Training
+
+def faster_classes(cfg):
+    """Which class stands in for which."""
+    block = RecomputedBlock if cfg.checkpoint_activations else FasterBlock
+    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP}
+    if cfg.fp8:
+        classes[nn.Linear] = FP8Linear
+    return classes
+
+def swap_classes(model, classes):
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+
+class FasterBlock(Block):
+    """Where matmuls are in bfloat16, the residual stream is, too: half the bytes to move. Losses
+    change by less than with another seed. Not in float16, which the growing stream could
+    overflow."""
+    def forward(self, x):
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()
+        return super().forward(x)
+
+class RecomputedBlock(FasterBlock):
+    """--checkpoint_activations. The backward pass needs what the forward pass has computed, the
+    activations, and keeping them takes most of the memory. Here a block keeps its input alone, and
+    computes the rest again when the backward pass comes to it."""
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+class FasterMLP(MLP):
+    """GELU is x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and (1 + tanh(u)) / 2
+    is sigmoid(2 u). Compiled, that makes a step 1 % shorter."""
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        x = self.c_fc(x)
+        u = math.sqrt(2 / math.pi) * (x + 0.044715 * x.float() ** 3)
+        return self.c_proj(x * torch.sigmoid(2 * u))
+
+class FasterGPT(GPT):
+    """cross_entropy, but softmax without a search. exp(x) overflows above 88, so the library looks
+    for the largest logit and subtracts it from all, which does not change the shares. Any number
+    will do that keeps exp() in its range; m, the target's logit + 80, is at hand. It fails only if
+    a logit is 168 above the target's: then the loss is infinite, where a bad one is 15, and the run
+    ends."""
+    def forward(self, idx, targets=None):
+        if targets is None or not torch.compiler.is_compiling():
+            return super().forward(idx, targets)
+        # Rows without a token get no probability, by a bias: in a matmul that costs nothing.
+        bias = self.lm_head.weight.new_zeros(self.lm_head.out_features)
+        bias[self.config.vocab_size:] = -math.inf
+        product = FP8Product.apply if isinstance(self.lm_head, FP8Linear) else F.linear
+        logits = product(self.trunk(idx).flatten(0, 1), self.lm_head.weight, bias)  # (B * T, rows)
+        m = logits.detach().gather(1, targets.clamp(min=0).view(-1, 1)).float() + 80  # (B * T, 1)
+        z = logits.float() - m
+        # nll_loss: minus the target's entry, a mean over all.
+        return F.nll_loss(z - z.exp().sum(dim=1, keepdim=True).log(), targets.flatten())
+
+class FP8Linear(nn.Linear):
+    """--fp8: a layer that trains in 8-bit floats. Validation and samples do without."""
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+        return FP8Product.apply(x, self.weight, bias)
+
+class FP8Product(torch.autograd.Function):
+    """F.linear in 8-bit floats (arXiv:2209.05433): half of bfloat16's bytes, up to twice its speed.
+    The gradient of w, of which AdamW keeps a mean over many steps, stays in bfloat16.
+
+    e4m3 has 3 bits of mantissa and ends at 448, e5m2 has 2 and ends at 57,344. Fixed factors bring
+    numbers into the range: x may be up to 448 / 4 = 112 (seen: 7), w up to 14 (seen: 0.9),
+    gradients of a mean up to 56 / tokens (seen: 24 / tokens)."""
+    @staticmethod
+    def forward(ctx, x, w, bias):
+        x8 = to_8_bits(x.flatten(0, -2) * 4, torch.float8_e4m3fn)  # (tokens, in)
+        w8 = to_8_bits(w * 32, torch.float8_e4m3fn)  # (out, in)
+        # These undo the factors.
+        x_scale, w_scale = w.new_full((), 1 / 4), w.new_full((), 1 / 32)
+        ctx.save_for_backward(x.bfloat16(), w8, w_scale)
+        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias.bfloat16(),
+                             out_dtype=torch.bfloat16)
+        return y.view(*x.shape[:-1], -1)  # (..., out)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w8, w_scale = ctx.saved_tensors
+        g = g.flatten(0, -2)  # (tokens, out)
+        factor = 1024 * len(g)
+        g8 = to_8_bits(g * factor, torch.float8_e5m2)
+        g_scale = w_scale.new_full((), 1 / factor)
+        # _scaled_mm() wants its second matrix stored column by column.
+        w8 = w8.t().contiguous().t()
+        gx = torch._scaled_mm(g8, w8, g_scale, w_scale, out_dtype=torch.bfloat16)
+        return gx.view_as(x), g.t() @ x.flatten(0, -2), g.sum(0)  # of x, w (out, in), bias (out,)
+
+def to_8_bits(x, dtype):
+    """What is too large for dtype becomes its largest number, not infinity."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+# --------------------------------------------------------------------------------------------------
+# 16. Generation
+
+class CachedModel:
+    """Is called like a model by one generate(), each time with one token more. Keys and values of
+    earlier tokens stay what they are, as these do not see later ones. So they are kept, the KV
+    cache, and only the new token has to be computed."""
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        self.seen = 0
+        self.kv = []
+
+    def __call__(self, idx):
+        T = idx.size(1)
+        if T != self.seen + 1:
+            # The prompt. Or a text over block_size: its window has moved by one, so all tokens have
+            # other positions than before, and all is to be computed again.
+            self.seen = 0
+        pos = torch.arange(self.seen, T, device=idx.device)
+        logits = self.step(idx[:, self.seen:], pos, T)
+        self.seen = T
+        return logits
+
+    def step(self, idx, pos, room):
+        """idx (B, T), new tokens at pos (T,) -> logits (B, T, vocab_size). They look at the first
+        `room` positions, as far as there is something."""
+        parts = self.model.transformer
+        x = parts.wte(idx) + parts.wpe(pos)
+        # True where a token may look: up to its own position.
+        mask = torch.arange(room, device=idx.device) <= pos[:, None]  # (T, room)
+        for i, block in enumerate(parts.h):
+            q, k, v = block.attn.heads(block.ln_1(x))
+            if len(self.kv) == i:
+                B, nh, _, hs = k.shape
+                # Keys and values of this block, with room for all positions.
+                self.kv.append(k.new_zeros(2, B, nh, self.config.block_size, hs))
+            self.kv[i][:, :, :, pos] = torch.stack((k, v))
+            y = F.scaled_dot_product_attention(q, *self.kv[i][..., :room, :], attn_mask=mask)
+            x = x + block.attn.merge(y)
+            x = x + block.mlp(block.ln_2(x))
+        return self.model.lm_head(parts.ln_f(x))[..., :self.config.vocab_size]
+
+class RecordedModel(CachedModel):
+    """A GPU computes by kernels, small programs that Python starts one by one; for a single token
+    it is done with one before Python has started the next. So the kernels of a step are recorded
+    once, as a CUDA graph, and replayed as a whole, always with the same tensors. As their shapes
+    cannot change then, attention looks at 256 positions, or 512, ...: each time there is a new
+    recording."""
+    recorded = 0
+
+    def step(self, idx, pos, room):
+        if self.seen == 0:
+            return super().step(idx, pos, room)
+        room = min(math.ceil(room / 256) * 256, self.config.block_size)
+        if room != self.recorded:
+            self.recorded = room
+            self.inputs = idx.clone(), pos.clone()
+            # Once without recording: the first time, libraries make themselves ready.
+            super().step(*self.inputs, room)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = super().step(*self.inputs, room)
+        self.inputs[0].copy_(idx)
+        self.inputs[1].copy_(pos)
+        self.graph.replay()
+        return self.logits
+
+def cached(model):
+    """model, as generate() is done with it soonest. FSDP gathers parameters where a module is
+    called as a whole, which the steps here are not."""
+    if hasattr(model, "unshard"):
+        return model
+    cuda = model.lm_head.weight.device.type == "cuda"
+    return RecordedModel(model) if cuda else CachedModel(model)
 
 if __name__ == "__main__":
     main()

@@ -19,8 +19,9 @@ ROOT = Path(train_gpt2.__file__).resolve().parent
 torch.set_num_threads(1)  # with models this small, threads mostly wait for each other
 
 
-def logits_of(model, idx):
-    return model(idx)[0]
+def machine_of(**flags):
+    """This process on a CPU, as the program sees it."""
+    return train_gpt2.Machine(train_gpt2.TrainConfig(**{"device": "cpu", **flags}))
 
 
 def randomise(module, std=0.3, seed=0):
@@ -42,9 +43,11 @@ def talkative(model, seed=0):
     return model
 
 
-def generate(model, prompts, *args, **kwargs):
-    """The new tokens of each row, a list of lists."""
-    return torch.stack(list(model.generate(prompts, *args, **kwargs)), dim=1).tolist()
+def generate(model, prompts, max_new_tokens, cache=True, **how):
+    """The new tokens of each row, a list of lists; prompts are as long as each other."""
+    idx = torch.tensor(prompts, device=model.lm_head.weight.device)
+    speaker = train_gpt2.cached(model) if cache else model
+    return torch.cat(list(train_gpt2.generate(speaker, idx, max_new_tokens, **how)), dim=1).tolist()
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def naive(model, prompt, n):
     """The n likeliest tokens after a prompt, one at a time, computing the whole context each time."""
     idx = torch.tensor([prompt])
     for _ in range(n):
-        logits = logits_of(model, idx[:, -model.config.block_size:])[:, -1]
+        logits = model(idx[:, -model.config.block_size:])[:, -1]
         idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
     return idx[0, len(prompt):].tolist()
 
@@ -63,11 +66,12 @@ def loader_of(tokens, B, T, **kwargs):
 
 
 def optimizer_of(model, lr):
-    return train_gpt2.configure_optimizer(model, lr, weight_decay=0.1)
+    (optimizer,) = train_gpt2.configure_optimizers(model, lr, weight_decay=0.1)
+    return optimizer
 
 
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_size", "4",
-        "--max_steps", "6", "--device", "cpu"]
+        "--total_batch_size", "128", "--max_steps", "6", "--device", "cpu", "--log_every", "1"]
 
 
 def short_text(folder):

@@ -1,9 +1,15 @@
-"""Attention as a formula, one position at a time, against the module. It must hold however the module computes it."""
+"""Attention as a formula, one position at a time, against the module, however that computes it.
+
+attention() is the same formula for all positions at once, the library's kernel the same function.
+"""
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+import train_gpt2
 from common import randomise
 from train_gpt2 import CausalSelfAttention, GPTConfig
 
@@ -60,3 +66,37 @@ def test_one_token_attends_to_itself_alone(attention):
     x = torch.randn(B, 1, C, generator=torch.Generator().manual_seed(1))
     v = attention.c_attn(x)[..., 2 * C:]
     torch.testing.assert_close(attention(x), attention.c_proj(v))
+
+
+@pytest.mark.parametrize("B, nh, T, hs", [
+    (1, 1, 1, 4), (2, 3, 7, 4), (3, 4, 64, 8), (1, 1, 130, 64), (2, 25, 33, 2)])
+def test_the_function_written_out_is_the_librarys_forward_and_backward(B, nh, T, hs):
+    generator = torch.Generator().manual_seed(1)
+    *qkv, weight = torch.randn(4, B, nh, T, hs, generator=generator, dtype=torch.float64)
+    library, results = partial(F.scaled_dot_product_attention, is_causal=True), []
+    for f in (train_gpt2.attention, library):
+        leaves = [(2 * t).requires_grad_() for t in qkv]
+        y = f(*leaves)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
+    assert results[0][0].shape == (B, nh, T, hs)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_the_function_may_stand_where_the_librarys_kernel_stands(attention, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(B, T, C, generator=generator)
+    weight = torch.randn(B, T, C, generator=generator)
+    calls, results = [], []
+
+    def written_out(q, k, v, is_causal):
+        calls.append(is_causal)
+        return train_gpt2.attention(q, k, v)
+
+    for kernel in (F.scaled_dot_product_attention, written_out):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+        leaf = x.clone().requires_grad_()
+        y = attention(leaf)
+        leaves = [leaf, *attention.parameters()]
+        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
+    assert calls == [True]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

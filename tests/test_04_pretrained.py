@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
-from common import logits_of, randomise
-from train_gpt2 import GPT, UserError
+from common import randomise
+from train_gpt2 import UserError, from_pretrained
 
 
 def save_gpt2(folder, n_layer=2, n_head=2, n_embd=8):
@@ -20,13 +20,13 @@ def assert_same_logits(ours, theirs):
     with torch.no_grad():
         expected = theirs(idx).logits
         assert expected.std() > 0.1
-        torch.testing.assert_close(logits_of(ours, idx), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_layer, n_head", [(1, 12), (2, 16), (3, 20), (4, 25)])  # GPT-2's, a twelfth as deep
 def test_logits_are_hugging_faces(tmp_path, n_layer, n_head):
     theirs = save_gpt2(tmp_path, n_layer, n_head, 4 * n_head)
-    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+    assert_same_logits(from_pretrained(str(tmp_path)), theirs)
 
 
 def test_openais_file_with_its_buffers_and_bare_names_loads(tmp_path):
@@ -35,12 +35,12 @@ def test_openais_file_with_its_buffers_and_bare_names_loads(tmp_path):
     state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
     state |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     save_file(state, file, metadata={"format": "pt"})
-    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+    assert_same_logits(from_pretrained(str(tmp_path)), theirs)
 
 
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match="gpt3.*gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
-        GPT.from_pretrained("gpt3")
+        from_pretrained("gpt3")
 
 
 def no_files(folder):
@@ -74,5 +74,5 @@ def a_tensor_missing(folder):
 def test_what_is_no_whole_gpt2_is_one_line_with_its_name(tmp_path, spoil):
     spoil(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)) as e:
-        GPT.from_pretrained(str(tmp_path))
+        from_pretrained(str(tmp_path))
     assert "\n" not in str(e.value)

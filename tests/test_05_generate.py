@@ -4,15 +4,16 @@ import itertools
 import pytest
 import torch
 
+import train_gpt2
 from common import generate, naive, talkative
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, cached, sample
 
 S, V = 8, 23
 
 
 @pytest.fixture
 def model():
-    return talkative(GPT(GPTConfig(block_size=S, vocab_size=V, n_layer=2, n_head=2, n_embd=16)))
+    return talkative(GPT(GPTConfig(block_size=S, vocab_size=V, n_layer=2, n_head=2, n_embd=16)), seed=2)
 
 
 def seeded(seed):
@@ -22,21 +23,27 @@ def seeded(seed):
 def test_temperature_0_and_top_k_1_are_the_argmax_also_past_block_size(model):
     for prompt in ([5], [3, 1, 4], list(range(S)), list(range(S + 5))):
         expected = naive(model, prompt, 2 * S)
-        assert len(set(expected)) > 3  # a text that repeats itself would prove little
-        assert generate(model, [prompt], 2 * S, temperature=0) == [expected]
-        assert generate(model, [prompt], 2 * S, top_k=1) == [expected]
+        assert len(set(expected)) > 6  # a text that repeats itself would prove little
+        for cache in (False, True):
+            assert generate(model, [prompt], 2 * S, cache, temperature=0) == [expected]
+            assert generate(model, [prompt], 2 * S, cache, top_k=1) == [expected]
 
 
 def test_a_row_of_a_batch_says_what_it_says_alone(model):
-    prompts = [[5], [3, 1, 4, 1, 5, 9], [2, 7], list(range(S + 3))]
-    for batch in (prompts[:3], prompts):
-        assert generate(model, batch, 2 * S, temperature=0) == [naive(model, p, 2 * S) for p in batch]
+    short, longer = [[5], [6], [7]], [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]]
+    for batch in (short, longer, [list(range(n, n + S + 3)) for n in range(3)]):
+        expected = [naive(model, p, 2 * S) for p in batch]
+        assert len(set(map(tuple, expected))) == len(batch)
+        for cache in (False, True):
+            assert generate(model, batch, 2 * S, cache, temperature=0) == expected
 
 
 def test_the_seed_alone_decides_and_the_global_generator_is_left_alone(model):
     state = torch.get_rng_state()
-    once, again, other = (generate(model, [[1, 2]], 20, temperature=5.0, generator=seeded(s)) for s in (1, 1, 2))
-    assert once == again != other
+    once, again, by_cache, other = (
+        generate(model, [[1, 2]], 20, cache, temperature=5.0, generator=seeded(seed))
+        for cache, seed in ((False, 1), (False, 1), (True, 1), (True, 2)))
+    assert once == again == by_cache != other
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -57,23 +64,24 @@ def test_draws_follow_the_hand_worked_distribution(kwargs, expected):
     with torch.no_grad():  # the same after any text: a last LayerNorm that is constant, a head that is log p
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.tensor([1.0, 0.0]))
-        model.lm_head.weight[:, 0] = torch.tensor([1/8, 1/2, 1/8, 1/4]).log()
+        model.lm_head.weight[:4, 0] = torch.tensor([1/8, 1/2, 1/8, 1/4]).log()
     drawn = torch.tensor(generate(model, [[0]] * n, 1, generator=seeded(0), **kwargs)).flatten()
     measured, expected = torch.bincount(drawn, minlength=4) / n, torch.tensor(expected, dtype=torch.float32)
     assert torch.equal(measured > 0, expected > 0)
     torch.testing.assert_close(measured, expected, atol=0.03, rtol=0)
 
 
-def test_after_eot_a_row_repeats_it_and_the_last_row_ends_it_all(model):
-    row = naive(model, [5], 2 * S)
-    at = max(i for i in range(1, 2 * S - 1) if row[i] not in row[:i] and row[i + 1] != row[i])  # new, and not repeated
-    eot, end = row[at], at + 1
-    ahead = [5, row[0]]            # says the same, but one token earlier
-    expected = [row[:end], row[1:end] + [eot]]
-    assert generate(model, [[5], ahead], 2 * S, temperature=0, eot_token=eot) == expected
-    assert generate(model, [[5]], 2 * S, temperature=0) == [row]  # without eot_token it is a token like others
+def test_a_batch_draws_each_row_for_itself():
+    logits = torch.full((3, V), -90.0)
+    logits[range(3), [4, 0, 22]] = 9.0
+    for how in ({}, {"temperature": 0}, {"temperature": 1e-300}, {"top_k": 3}, {"top_p": 0.5}):
+        assert sample(logits, **how).tolist() == [[4], [0], [22]]
 
 
 def test_tokens_come_one_by_one(model):
-    tokens = model.generate([[5]], 10**9, temperature=0)  # would take years if it were a list
-    assert [t.item() for t in itertools.islice(tokens, 5)] == naive(model, [5], 5)
+    for speaker in (model, cached(model)):
+        tokens = train_gpt2.generate(speaker, torch.tensor([[5], [6]]), 10**9, temperature=0)
+        first = list(itertools.islice(tokens, 5))  # a list of all would take years
+        assert all(t.shape == (2, 1) for t in first)
+        assert torch.cat(first, dim=1).tolist() == [naive(model, [5], 5), naive(model, [6], 5)]
+        assert not first[0].requires_grad

@@ -48,8 +48,9 @@ def test_a_batch_over_the_end_of_an_epoch_loses_nothing():
 
 def test_too_few_tokens_for_a_batch_is_an_error_and_just_enough_is_not():
     loader_of(np.arange(3 * T + 1), 3, T).next_batch()
-    for n in (0, 1, 3 * T):
-        with pytest.raises(UserError, match="too few"):
+    for n, windows in ((0, 0), (1, 0), (3 * T, 2)):
+        says = rf"^the data: {windows} windows .*\b3\b.*--seq_len or --batch_size"
+        with pytest.raises(UserError, match=says):
             loader_of(np.arange(n), 3, T)
 
 
@@ -59,3 +60,22 @@ def test_what_is_written_into_y_does_not_change_x():
         expected = x.clone()
         y[:] = -100  # as evaluate() does with what is not to be counted
         assert torch.equal(x, expected)
+
+
+def test_the_position_is_all_that_has_to_be_known():
+    """Over the end of an epoch, too. It counts what all processes together have taken."""
+    loader = loader_of(np.arange(12 * T + 1), 5, T, seed=7)
+    batches = [loader.next_batch() for _ in range(6)]
+    assert loader.position == 30
+    for nth in (0, 2, 5, 1):  # also back
+        again = loader_of(np.arange(12 * T + 1), 5, T, seed=7)
+        again.position = 5 * nth
+        for got in (again.next_batch(), loader.batch(5 * nth, 5)):
+            assert all(map(torch.equal, got, batches[nth]))
+    pair = [loader_of(np.arange(12 * T + 1), 2, T, seed=7, rank=rank, world_size=2)
+            for rank in (0, 1)]
+    shares = [torch.cat([loader.next_batch()[0] for loader in pair]) for _ in range(5)]
+    one_by_one = loader_of(np.arange(12 * T + 1), 1, T, seed=7)
+    expected = [one_by_one.next_batch()[0] for _ in range(20)]
+    assert torch.equal(torch.cat(shares), torch.cat(expected))
+    assert [loader.position for loader in pair] == [20, 20]

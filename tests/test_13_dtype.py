@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import TINY, losses, optimizer_steps, parameters, run_here, short_text
-from train_gpt2 import GPT, GPTConfig, autocast
+from common import (TINY, losses, machine_of, optimizer_steps, parameters, randomise, run_here,
+                    short_text)
+from train_gpt2 import GPT, GPTConfig, TrainConfig, faster_classes, swap_classes
 
 
 @pytest.fixture
@@ -52,20 +53,33 @@ def test_the_matmuls_are_done_in_the_dtype_and_the_loss_in_float32(train, monkey
     assert seen == {dtype}
 
 
-@pytest.mark.parametrize("dtype, stream", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
-                                           (torch.float32, torch.float32)])
-def test_the_residual_stream_is_bfloat16_where_the_matmuls_are_and_its_end_is_float32(dtype, stream):
-    """Not float16: its largest number is 65504, and a stream that only ever grows may get there."""
-    model, seen = GPT(GPTConfig(8, 19, 2, 2, 8)), []
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype, stream", [("bfloat16", torch.bfloat16), ("float16", torch.float32),
+                                           ("float32", torch.float32)])
+def test_the_residual_stream_is_bfloat16_where_the_matmuls_are_and_its_end_is_exact(
+        dtype, stream, recompute):
+    """In part V, and not float16, whose largest number is 65504: a stream only ever grows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, seen = randomise(GPT(GPTConfig(8, 19, 2, 2, 8))).to(device), []
+    idx = torch.arange(8, device=device)[None]
     for block in model.transformer.h:
-        block.register_forward_hook(lambda _, args, out: seen.extend((args[0].dtype, out.dtype)))
-    with autocast(torch.device("cpu"), dtype):
-        end = model.trunk(torch.arange(8)[None])
-    assert seen == [stream] * 4 and end.dtype == torch.float32
+        block.register_forward_hook(lambda _, args, out: seen.append(out))
+    with machine_of(device=device, dtype=dtype).autocast(), torch.no_grad():
+        model.trunk(idx)
+        assert [x.dtype for x in seen] == [torch.float32] * 2  # part I's
+        seen.clear()
+        swap_classes(model, faster_classes(TrainConfig(checkpoint_activations=recompute)))
+        end = model.trunk(idx)
+        assert [x.dtype for x in seen] == [stream] * 2
+        exact = model.transformer.ln_f(seen[-1].float())
+        assert exact.dtype == torch.float32
+        # A CPU has its LayerNorm round to the stream's dtype. The head would do so next.
+        assert end.dtype == (stream if device == "cpu" else torch.float32)
+        assert torch.equal(model.lm_head(end), model.lm_head(exact))
 
 
-def test_logits_come_without_targets_and_the_loss_without_logits():
+def test_the_loss_alone_comes_with_targets_and_is_that_of_the_logits_without():
     model, idx = GPT(GPTConfig(8, 19, 2, 2, 8)), torch.arange(8)[None]
-    (logits, no_loss), (no_logits, loss) = model(idx), model(idx, idx)
-    assert no_loss is None and no_logits is None
+    logits, loss = model(idx), model(idx, idx)
+    assert logits.shape == (1, 8, 19) and loss.shape == ()
     torch.testing.assert_close(loss, F.cross_entropy(logits[0], idx[0]))

@@ -4,18 +4,14 @@ import math
 import pytest
 import torch
 
+import train_gpt2
 from common import randomise
 from train_gpt2 import CausalSelfAttention, GPTConfig
 
 
-def written_out(attention, x):
-    B, T, C = x.size()
-    nh, hs = attention.n_head, C // attention.n_head
-    q, k, v = (t.view(B, T, nh, hs).transpose(1, 2) for t in attention.c_attn(x).split(C, dim=2))  # (B, nh, T, hs)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)                                              # (B, nh, T, T)
-    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-    y = scores.softmax(dim=-1) @ v
-    return attention.c_proj(y.transpose(1, 2).reshape(B, T, C))
+def written_out(module, x):
+    """Part I's formula where the library's kernel is: all T x T scores in memory."""
+    return module.merge(train_gpt2.attention(*module.heads(x)))
 
 
 @pytest.mark.parametrize("B, T, C, nh", [(1, 1, 4, 1), (2, 5, 12, 3), (3, 64, 32, 4), (1, 130, 64, 1), (2, 33, 50, 25)])
@@ -30,3 +26,13 @@ def test_output_and_every_gradient_are_those_of_the_formula(B, T, C, nh):
         results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *attention.parameters()])])
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_are_the_pieces_of_a_tokens_vector_and_merge_puts_them_side_by_side():
+    module = randomise(CausalSelfAttention(GPTConfig(block_size=5, n_head=3, n_embd=12)))
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+    for t, y in zip(module.heads(x), module.c_attn(x).split(12, dim=-1), strict=True):
+        assert t.shape == (2, 3, 5, 4)
+        for h in range(3):
+            assert torch.equal(t[:, h], y[..., 4 * h:4 * h + 4])
+        torch.testing.assert_close(module.merge(t), module.c_proj(y))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from common import TINY, losses, optimizer_steps, parameters, run, run_here, short_text
+from train_gpt2 import configure
 
 
 @pytest.fixture
@@ -37,3 +38,29 @@ def test_a_step_that_is_no_whole_number_of_passes_is_refused(tmp_path):
     done = run(*TINY, "--batch_size", 3, "--total_batch_size", 8 * 32, cwd=short_text(tmp_path), check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "total_batch_size" in done.stderr
+
+
+@pytest.mark.parametrize("processes, B, sequences", [
+    (1, None, 8), (1, 1, 8), (1, 2, 8), (1, 8, 8), (1, 3, 9), (1, 12, 12),
+    (2, None, 8), (2, 4, 8), (2, 3, 12), (3, None, 9)])
+def test_left_open_a_step_is_8_sequences_or_as_few_more_as_fill_its_passes(
+        monkeypatch, tmp_path, processes, B, sequences):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    flags = {} if B is None else {"batch_size": B}
+    flags.update(data=str(short_text(tmp_path) / "input.txt"), log_dir=str(tmp_path / "log"))
+    cfg, model = configure({**flags, "seq_len": 16})
+    assert cfg.total_batch_size == sequences * 16 and model is None
+    assert cfg.batch_size == B  # still open: the machine decides
+
+
+def test_left_open_a_step_is_the_same_for_every_batch_size(monkeypatch, tmp_path, capsys):
+    at = TINY.index("--total_batch_size")
+    flags = [*TINY[:at], *TINY[at + 2:], "--eval_every", 0, "--sample_every", 0, "--save_every", 0]
+    measured = []
+    for B in (8, 2, 1):
+        run_here(monkeypatch, short_text(tmp_path), *flags, "--batch_size", B)
+        out = capsys.readouterr().out
+        assert f"256 tokens a step = {8 // B} x 1 x {B} x 32 " in out
+        measured.append(losses(out))
+    assert len(measured[0]) == 6
+    assert measured[1] == pytest.approx(measured[0], abs=1e-3) == measured[2]

@@ -1,6 +1,5 @@
 """The validation loss is a number about the model, not about the batch size."""
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,15 +7,14 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
-from common import TINY, loader_of, logits_of, randomise, run_here, short_text
+from common import TINY, loader_of, machine_of, randomise, run_here, short_text
 from train_gpt2 import GPT, GPTConfig, evaluate, get_tokenizer
 
-T, CPU = 8, torch.device("cpu")
+T = 8
 
 
-def validate(model, tokens, enc, batch_size=4, val_tokens=10**9, compiled=None):
-    cfg = SimpleNamespace(batch_size=batch_size, val_tokens=val_tokens)
-    return evaluate(compiled or model, loader_of(tokens, 1, T), cfg, enc, CPU, torch.float32)
+def validate(model, tokens, enc, batch_size=4, val_tokens=10**9):
+    return evaluate(model, loader_of(tokens, 1, T), batch_size, val_tokens, enc, machine_of())
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def model():
 def plain_loss(model, tokens, windows):
     x, y = (torch.tensor(tokens[i:i + windows * T].reshape(windows, T)) for i in (0, 1))
     with torch.no_grad():
-        return F.cross_entropy(logits_of(model, x).double().flatten(0, 1), y.flatten()).item()
+        return F.cross_entropy(model(x).double().flatten(0, 1), y.flatten()).item()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 13, 64])
@@ -57,8 +55,30 @@ def test_every_batch_has_the_shape_that_the_module_was_compiled_for(model, token
         shapes.append(tuple(x.shape))
         return model(x, y)
 
-    validate(model, tokens, get_tokenizer("byte"), 5, compiled=compiled)  # 13 = 5 + 5 + 3
+    validate(compiled, tokens, get_tokenizer("byte"), 5)  # 13 = 5 + 5 + 3
     assert shapes == [(5, T)] * 3
+
+
+def test_processes_share_the_work_and_their_sums_are_those_of_one(model, tokens):
+    """13 windows by threes: of five processes the last has nothing that counts."""
+    enc, sums = get_tokenizer("byte"), {}
+    for n in (2, 5):
+        for rank in range(n):
+            machine = machine_of()
+            machine.rank, machine.world_size = rank, n
+            passes, own = [], sums.setdefault((n, rank), [])
+            machine.sum = lambda values, own=own: own.extend(values) or [1.0] * len(values)
+
+            def counting(x, y, passes=passes):
+                passes.append(x)
+                return model(x, y)
+
+            evaluate(counting, loader_of(tokens, 1, T), 3, 10**9, enc, machine)
+            # As many in each, for under FSDP they wait for each other.
+            assert len(passes) == math.ceil(13 / (3 * n))
+        nats, counted, text_bytes = (sum(sums[n, rank][i] for rank in range(n)) for i in range(3))
+        assert (counted, text_bytes) == (13 * T, 13 * T)
+        assert nats / counted == pytest.approx(plain_loss(model, tokens, 13), abs=1e-6)
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_tokens():

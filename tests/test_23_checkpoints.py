@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+import weakref
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import train_gpt2
-from common import TINY, command, environment, optimizer_steps, run, run_here, short_text
-from train_gpt2 import UserError, load_checkpoint, rehearse, save_checkpoint
+from common import (TINY, command, environment, machine_of, optimizer_steps, parameters, run,
+                    run_here, short_text)
+from train_gpt2 import SIZES, UserError, load_checkpoint, save_checkpoint
 
 RUN = [*TINY, "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
 LONG = [*RUN, "--max_steps", "600", "--save_every", "20", "--eval_every", "30", "--keep", "99"]
@@ -136,19 +138,32 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_changes_nothing(tr
 
 def test_resume_holds_no_copy_of_the_checkpoint_while_it_trains(train, cut_off, monkeypatch):
     """It would be half as much again as the model and its moments."""
-    used, held = [], []
-    monkeypatch.setattr(train_gpt2, "load_checkpoint", lambda path: used.append(load_checkpoint(path)) or used[-1])
-    with optimizer_steps(before=lambda optimizer: held.append(len(used[0]))):
+    read, held = [], []
+
+    def watched(path):
+        state = load_checkpoint(path)
+        moments = [m for p in state["optimizer"]["state"].values() for m in p.values()]
+        read.extend(map(weakref.ref, [*state["model"].values(), *moments]))
+        return state
+
+    def look(optimizer):
+        used = [m for p in parameters(optimizer) for m in (p, *optimizer.state[p].values())]
+        used = {t.untyped_storage().data_ptr() for t in used}
+        alive = [t for t in (ref() for ref in read) if t is not None]
+        held.append(sum(t.untyped_storage().data_ptr() not in used for t in alive))
+
+    monkeypatch.setattr(train_gpt2, "load_checkpoint", watched)
+    with optimizer_steps(after=look):
         train("--resume", "--log_dir", cut_off)
-    assert held[-4:] == [0] * 4  # before them comes one that only makes the moments
+    assert read and held[-4:] == [0] * 4  # before them comes one that only makes the moments
 
 
 def test_resume_restores_the_random_generator(train, cut_off):
     state = last(cut_off, 2)
-    state["rng"]["cpu"] = torch.Generator().manual_seed(99).get_state()
+    state["rng"] = torch.Generator().manual_seed(99).get_state()
     torch.save(state, cut_off / "model_00002.pt")
     train("--log_dir", str(cut_off), "--resume")
-    assert torch.equal(last(cut_off)["rng"]["cpu"], state["rng"]["cpu"])  # nothing in training draws from it
+    assert torch.equal(last(cut_off)["rng"], state["rng"])  # nothing in training draws from it
 
 
 def test_resume_keeps_a_warm_up_that_was_asked_for(train, here):
@@ -185,16 +200,67 @@ def test_eval_only_prints_the_last_validation_of_the_run(train, whole):
 
 # What may change ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flag, value", [("n_embd", 64), ("n_layer", 2), ("block_size", 64), ("tokenizer", "gpt2"),
-                                         ("model", "gpt2"), ("seq_len", 16), ("max_lr", 1e-4), ("seed", 1)])
-def test_resume_refuses_what_would_make_it_another_run(train, capsys, cut_off, flag, value):
+@pytest.mark.parametrize("flags, named", [
+    (["--n_embd", 64], "--n_embd 64"), (["--n_layer", 2], "--n_layer 2"),
+    (["--n_head", 4], "--n_head 4"), (["--block_size", 64], "--block_size 64"),
+    (["--tokenizer", "gpt2"], "--tokenizer gpt2"), (["--seq_len", 16], "--seq_len 16"),
+    (["--model", "gpt2"], "--n_layer 12"),
+    (["--model", "demo", "--n_layer", 1, "--n_head", 2], "--n_embd 128")], ids=str)
+def test_resume_refuses_another_shape_and_another_tokenizer(train, capsys, cut_off, flags, named):
     before = {path.name: path.read_bytes() for path in cut_off.iterdir()}
     with pytest.raises(SystemExit) as stop:
-        train("--log_dir", str(cut_off), "--resume", f"--{flag}", value)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1
-    assert flag in err and "max_steps" in err  # which flag it is, and which may change
+        train("--log_dir", str(cut_off), "--resume", *flags)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"train_gpt2.py: {named}") and "model_00002.pt" in err
     assert before == {path.name: path.read_bytes() for path in cut_off.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"max_lr": 1e-4}, {"weight_decay": 0.5},
+    {"max_lr": 2e-3, "min_lr": 1e-3, "weight_decay": 0.0}, {"warmup_steps": 5},
+    {"min_lr": 1e-3}, {"grad_clip": 0.01}, {"seed": 1}, {"total_batch_size": 256}], ids=str)
+def test_on_resume_the_checkpoints_configuration_holds_and_flags_override_it(train, cut_off, flags):
+    before = last(cut_off, 2)
+    given = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    groups, steps = [], []
+
+    def look(optimizer):
+        if optimizer.param_groups[0]["lr"] == 0:
+            return  # a resume begins with a step that changes nothing and makes the moments
+        groups.append([dict(group) for group in optimizer.param_groups])
+        steps.append({int(optimizer.state[p]["step"]) for p in parameters(optimizer)})
+
+    with optimizer_steps(after=look):
+        train("--log_dir", cut_off, "--resume", *given)
+    config = {**before["config"], **flags}
+    if "max_lr" in flags and "min_lr" not in flags:
+        config["min_lr"] = flags["max_lr"] / 100  # the lowest follows the highest
+    assert last(cut_off)["config"] == config
+    assert steps == [{3}, {4}, {5}, {6}]  # AdamW goes on, too
+    for step, (matrices, vectors) in zip(range(2, 6), groups, strict=True):
+        rate = config["max_lr"] * train_gpt2.lr_factor(step, SimpleNamespace(**config))
+        assert [matrices["lr"], vectors["lr"]] == pytest.approx([rate, rate], rel=1e-12)
+        assert [matrices["max_lr"], vectors["max_lr"]] == [config["max_lr"]] * 2
+        assert [matrices["weight_decay"], vectors["weight_decay"]] == [config["weight_decay"], 0.0]
+        assert {p.dim() for p in matrices["params"]} == {2}
+
+
+def test_what_was_asked_for_at_first_holds_after_a_resume_without_flags(train, here):
+    asked = {"max_lr": 1e-4, "min_lr": 5e-5, "weight_decay": 0.3, "grad_clip": 0.5, "seed": 7}
+    given = [word for key, value in asked.items() for word in (f"--{key}", value)]
+    train(*RUN, *given, "--max_steps", "2", "--log_dir", "asked")
+    seen = []
+
+    def look(optimizer):
+        seen.append([dict(group) for group in optimizer.param_groups])
+
+    with optimizer_steps(before=look):
+        train("--log_dir", "asked", "--resume", "--max_steps", "4")
+    assert asked.items() <= last(here / "asked", 4)["config"].items()
+    for matrices, vectors in seen[-2:]:
+        assert (matrices["max_lr"], matrices["weight_decay"]) == (1e-4, 0.3)
+        assert (vectors["max_lr"], vectors["weight_decay"]) == (1e-4, 0.0)
 
 
 def test_resume_allows_more_steps_and_other_reports(train, cut_off):
@@ -311,12 +377,14 @@ def test_a_fresh_run_moves_an_earlier_one_aside_and_loses_nothing(train, cut_off
         assert steps_in(aside) == [2] and steps_in(cut_off) == [2]
 
 
-def test_a_second_run_in_the_current_folder_does_not_end_in_a_traceback(tmp_path):
+def test_a_second_run_in_the_current_folder_moves_nothing_but_the_first(monkeypatch, tmp_path):
     short_text(tmp_path)
     for _ in range(2):
-        done = run(*RUN, "--max_steps", "2", "--log_dir", ".", cwd=tmp_path, check=False)
-        assert done.returncode in (0, 2) and "Traceback" not in done.stderr
-    assert (tmp_path / "input.txt").exists()
+        run_here(monkeypatch, tmp_path, *RUN, "--max_steps", "2", "--log_dir", ".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "earlier_run_1", "input.txt", "log.txt", "model_00002.pt"]
+    assert sorted(path.name for path in (tmp_path / "earlier_run_1").iterdir()) == [
+        "log.txt", "model_00002.pt"]
 
 
 # What goes wrong while running ----------------------------------------------------------------------------------------
@@ -325,45 +393,67 @@ def test_a_second_run_in_the_current_folder_does_not_end_in_a_traceback(tmp_path
     (["--save_every", "2"], [2, 4]),
     (["--save_every", "1"], [1, 2, 3, 4]),                       # step 4's update was bad: no model_00005.pt
     (["--save_every", "1", "--eval_every", "0"], [1, 2, 3, 4]),
-    (["--save_every", "5", "--sample_every", "5"], [])])
+    (["--save_every", "5", "--sample_every", "5"], []),
+    (["--save_every", "0", "--eval_every", "5"], []),
+    (["--save_every", "0", "--max_steps", "5"], [])])            # the last step ruins it
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves_the_damage(train, here, monkeypatch, flags, good):
     log_dir = "nan_" + "_".join(flags).replace("-", "")
-    monkeypatch.setattr(train_gpt2, "get_lr", lambda step, cfg: 1e30 if step == 4 else 1e-3)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as bad, pytest.raises(SystemExit) as stop:
+        bad.setattr(train_gpt2, "lr_factor", lambda step, cfg: 1e30 if step == 4 else 0.3)
         train(*RUN, "--log_dir", log_dir, "--max_steps", "20", *flags)
     message = str(stop.value.code)  # Python prints a text, and exits with 1
+    assert "nan" not in (here / log_dir / "log.txt").read_text()
     assert "step 5" in message and "--max_lr" in message
     assert steps_in(here / log_dir) == good
-    assert (f"model_{good[-1]:05d}.pt" if good else "none") in message
+    if good:
+        assert f"step {good[-1]} is good" in message and "--resume" in message
+        train("--resume", "--log_dir", log_dir, "--max_lr", "1e-4", "--max_steps", "7")  # as it says
+        rows = [row.split() for row in (here / log_dir / "log.txt").read_text().splitlines()]
+        assert [int(step) for step, stream, _ in rows if stream == "train"] == list(range(7))
+        assert all(float(value) < 6 for *_, value in rows)
+    else:  # there is nothing to go on from
+        assert not re.search(r"--init_from|--resume|\.pt|checkpoint|from there", message)
 
 
 def test_not_finite_exits_1_with_one_line(here):
-    done = run(*RUN, "--log_dir", "inf", "--max_lr", "1e30", cwd=here, check=False)
+    done = run(*RUN, "--log_dir", "inf", "--max_lr", "1e18", cwd=here, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("step 1:")
+    assert "model_" not in done.stdout + done.stderr  # there is no checkpoint yet
 
 
-class Greedy(torch.nn.Linear):
-    """A model with room for two sequences."""
-    def forward(self, x, y):
-        if len(x) > 2:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return None, self.weight.sum()
+def step_of(sequences, T, size="demo", batch_size=None):
+    """So many sequences a step; batch_size None: the machine chooses it."""
+    return SimpleNamespace(**SIZES[size], batch_size=batch_size, seq_len=T,
+                           total_batch_size=sequences * T)
 
 
-def test_the_batch_is_halved_until_it_fits_and_the_tokens_a_step_stay():
-    cfg, model = SimpleNamespace(profile=False, batch_size=16, seq_len=8, total_batch_size=16 * 8), Greedy(2, 2)
-    rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)
-    assert (cfg.batch_size, cfg.total_batch_size) == (2, 16 * 8)
-    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())  # nothing of the trial is left
+def test_a_batch_size_that_was_asked_for_is_taken():
+    for B in (1, 3, 100):
+        assert machine_of().sequences(step_of(3 * B, 32, batch_size=B)) == B
 
 
-def test_other_errors_and_a_batch_that_cannot_be_halved_are_raised():
-    cfg, model = SimpleNamespace(profile=False, batch_size=12, seq_len=8, total_batch_size=12 * 8), Greedy(2, 2)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)  # 12, 6, 3
-    model.forward = lambda x, y: (None, 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        rehearse(model, model, cfg, torch.device("cpu"), torch.float32, auto_batch=True)
+@pytest.mark.parametrize("sequences, T, B", [(8, 32, 8), (12, 32, 4), (7, 32, 1), (1024, 32, 64),
+                                             (8, 1024, 4), (8, 3000, 1), (8, 9000, 1)])
+def test_on_a_cpu_a_pass_has_as_many_sequences_as_divide_the_step(sequences, T, B):
+    assert machine_of().sequences(step_of(sequences, T)) == B
+
+
+@pytest.mark.parametrize("size", ["gpt2", "gpt2-xl"])
+def test_on_a_gpu_a_pass_has_as_many_sequences_as_fit(monkeypatch, size):
+    machine = machine_of()
+    machine.cuda, chosen = True, {}
+    for compiles in (True, False):
+        machine.compiles = compiles
+        for gigabytes in (0, 8, 16, 24, 40, 80, 140, 192, 1000):
+            free = gigabytes * 10**9
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+            B = chosen[compiles, gigabytes] = machine.sequences(step_of(512, 1024, size))
+            assert B in (1, 2, 4, 8, 16, 32, 64)
+        ordered = [B for (c, _), B in chosen.items() if c == compiles]
+        assert ordered == sorted(ordered) and ordered[0] == 1 and ordered[-1] == 64
+    assert all(chosen[False, gigabytes] <= chosen[True, gigabytes] for _, gigabytes in chosen)
+    if size == "gpt2":
+        assert chosen[True, 80] == 64  # as it was measured
 
 
 def test_out_of_memory_with_a_batch_size_that_was_asked_for_says_what_to_do(train, monkeypatch):
@@ -380,3 +470,26 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path):
         torch.save(state, tmp_path / name)
         with pytest.raises(UserError, match=name):
             load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--init_from", "old/model_00002.pt", "--max_steps", "2", "--log_dir", "new"],
+    ["--init_from", "old/model_00002.pt", "--prompt", "x"],
+    ["--resume", "--log_dir", "old"], ["--prompt", "x", "--log_dir", "old"],
+    ["--eval_only", "--log_dir", "old"]], ids=" ".join)
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(cut_off, monkeypatch, capsys,
+                                                                 flags):
+    """It can be had all the same: the version that wrote it exports it."""
+    state = last(cut_off, 2)
+    state["format"] = 3
+    state["model_config"]["padded_vocab_size"] = 320  # as they were
+    old = cut_off.rename(cut_off.with_name("old"))
+    torch.save(state, old / "model_00002.pt")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, old.parent, *flags)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert "model_00002.pt" in err and "format 3" in err and "--export" in err
+    assert before == {path.name: path.read_bytes() for path in old.iterdir()}
+    assert not (old.parent / "new").exists() and err.count("\n") == 1, err

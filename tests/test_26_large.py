@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_gpt2
-from common import ROOT, losses, run_here, short_text, torchrun
-from train_gpt2 import GPT, GPTConfig
+from common import ROOT, generate, losses, machine_of, run_here, short_text, torchrun
+from train_gpt2 import GPT, GPTConfig, faster_classes, swap_classes
 
-SHAPE = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--device", "cpu"]
+SHAPE = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--device", "cpu",
+         "--log_every", "1"]
 # Gradients of this model are longer than 0.1 at every step, so every step is clipped. 4 passes a step with 2 processes.
 RUN = [*SHAPE, "--batch_size", "2", "--total_batch_size", 2 * 32 * 8, "--max_steps", "6", "--grad_clip", "0.1",
        "--eval_every", "2", "--save_every", "2", "--sample_every", "3", "--max_new_tokens", "50", "--keep", "9"]
@@ -25,18 +25,28 @@ import torch, train_gpt2
 def held(tensors):
     return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
 
-def configure_optimizer(model, *args):
-    optimizer = original(model, *args)
+def configure_optimizers(model, *args):
+    (optimizer,) = original(model, *args)
     params, seen = [p for group in optimizer.param_groups for p in group["params"]], []
     def look(*_):
         seen.append((held(params), held(p.grad for p in params),
                      held(m for p in params for k, m in optimizer.state[p].items() if k.startswith("exp_avg"))))
-        Path(os.environ["SHARES"], os.environ["RANK"]).write_text(f"{{model.num_params()}} {{seen[-1]}}")
+        Path(os.environ["SHARES"], os.environ["RANK"]).write_text(f"{{total}} {{seen[-1]}}")
+    total = train_gpt2.num_params(model)
     optimizer.register_step_post_hook(look)
-    return optimizer
+    return [optimizer]
 
-original, train_gpt2.configure_optimizer = train_gpt2.configure_optimizer, configure_optimizer
+original, train_gpt2.configure_optimizers = train_gpt2.configure_optimizers, configure_optimizers
 train_gpt2.main()
+"""
+
+# The program, and a line for each process that says how often it was compiled.
+SAYING_COMPILED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch._dynamo, train_gpt2
+train_gpt2.main()
+print(os.environ["RANK"], "compiled", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 
@@ -139,7 +149,7 @@ def test_shares_change_neither_losses_nor_norms_nor_samples_nor_weights(trained,
 @pytest.mark.parametrize("parallel, n, share", [("ddp", 2, 1.0), ("fsdp", 2, 0.5), ("fsdp", 4, 0.25)])
 def test_each_process_holds_its_share_of_parameters_gradients_and_moments(trained, parallel, n, share):
     for total, params, grads, exp_avgs in trained(parallel, n).shares:
-        rows = 320 / 257  # num_params() leaves out the padding of wte, which is there all the same
+        rows = 320 / 257  # num_params() leaves out the rows of wte without a token, which are there all the same
         assert share * total <= params < share * total * rows
         assert grads == params and exp_avgs == 2 * params
 
@@ -205,14 +215,17 @@ def test_a_checkpoint_of_shares_speaks_and_is_evaluated_without_torchrun(trained
 
 # Activations ----------------------------------------------------------------------------------------------------------
 
-def small(n_layer=4):
+def small(n_layer=4, computed_again=False):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=n_layer, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=n_layer, n_head=2, n_embd=32))
+    cfg = SimpleNamespace(checkpoint_activations=computed_again, fp8=False)
+    swap_classes(model, faster_classes(cfg))
+    return model
 
 
 def loss_and_gradients(model, idx):
     model.zero_grad()
-    loss = model(idx, idx)[1]
+    loss = model(idx, idx)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -233,32 +246,42 @@ def saved_bytes(model, idx):
 
 
 def test_checkpointed_activations_change_no_bit_and_save_memory():
-    model, idx = small(), torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(1))
-    expected, all_kept = loss_and_gradients(model, idx), saved_bytes(model, idx)
-    model.checkpoint_activations = True
+    idx = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(1))
+    model, plain = small(computed_again=True), small()
+    expected = loss_and_gradients(plain, idx)
     for a, b in zip(loss_and_gradients(model, idx), expected, strict=True):
         assert torch.equal(a, b)
     assert any(g.any() for g in expected[1:])
-    assert saved_bytes(model, idx) < all_kept / 5
+    assert saved_bytes(model, idx) < saved_bytes(plain, idx) / 5
+
+
+def test_checkpointed_activations_are_recomputed_as_they_were_under_autocast():
+    idx = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(1))
+    both = []
+    for model in (small(computed_again=True), small()):
+        with machine_of(dtype="bfloat16").autocast():
+            loss = model(idx, idx)
+        loss.backward()
+        both.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_checkpointed_activations_keep_one_input_for_each_block():
     idx, kept = torch.zeros(4, 32, dtype=torch.int64), []
     for n_layer in (4, 5):
-        model = small(n_layer)
-        model.checkpoint_activations = True
-        kept.append(saved_bytes(model, idx))
+        kept.append(saved_bytes(small(n_layer, computed_again=True), idx))
     assert kept[1] - kept[0] == 4 * 32 * 32 * 4  # (B, T, C) float32
 
 
-def test_checkpointed_activations_leave_generation_and_evaluation_alone(monkeypatch):
-    model, plain, idx = small(), small(), torch.randint(64, (2, 32))
-    model.checkpoint_activations = True
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", None)  # nothing is kept here: there is none to save
+def test_checkpointed_activations_leave_generation_and_evaluation_alone():
+    model, plain, idx = small(computed_again=True), small(), torch.randint(64, (2, 32))
     with torch.no_grad():
-        assert torch.equal(model(idx)[0], plain(idx)[0])
-    texts = [[t.tolist() for t in m.generate([[1, 2, 3], [4]], 40, temperature=0)] for m in (model, plain)]
-    assert texts[0] == texts[1] and len(texts[0]) == 40
+        assert torch.equal(model(idx), plain(idx)) and torch.equal(model(idx, idx), plain(idx, idx))
+    for cache in (True, False):
+        texts = [generate(m, [[1, 2, 3], [4, 5, 6]], 40, cache=cache, temperature=0)
+                 for m in (model, plain)]
+        assert texts[0] == texts[1] and len(texts[0][0]) == 40
 
 
 def test_the_flag_reaches_the_model(here, monkeypatch):
@@ -285,8 +308,11 @@ def test_shares_and_checkpointed_activations_go_together(trained, here):
 def test_shares_and_compiling_go_together(here, monkeypatch, capsys):
     flags = [*SHAPE, "--n_layer", "1", "--batch_size", "2", "--total_batch_size", "128", "--max_steps", "2",
              "--sample_every", "0"]
-    compiled = torchrun(2, *flags, "--parallel", "fsdp", "--compile", "--log_dir", "compiled", cwd=here).stdout
+    (here / "saying_compiled.py").write_text(SAYING_COMPILED.format(root=str(ROOT)))
+    compiled = torchrun(2, *flags, "--parallel", "fsdp", "--compile", "--log_dir", "compiled",
+                        cwd=here, script=here / "saying_compiled.py").stdout
     run_here(monkeypatch, here, *flags, "--log_dir", "not_compiled")
-    assert ", compiled" in compiled and len(losses(compiled)) == 2
+    graphs = re.findall(r"^[01] compiled (\d+)$", compiled, re.M)
+    assert len(graphs) == 2 and min(map(int, graphs)) > 0 and len(losses(compiled)) == 2
     assert_same_log(here / "compiled", here / "not_compiled")
     assert norms(compiled) == pytest.approx(norms(capsys.readouterr().out), abs=1e-3)

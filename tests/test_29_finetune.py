@@ -1,5 +1,6 @@
 """Fine-tuning: from weights that know something, with small steps, and the best of them is what speaks in the end."""
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -44,12 +45,17 @@ def perplexity(out):
 
 
 def test_what_is_not_asked_for_suits_fine_tuning(here, run):
-    out = run("--init_from", BASE, "--data", "other.txt", "--device", "cpu", "--sample_every", "0", "--log_dir", "tuned")
+    out = run("--init_from", BASE, "--data", "other.txt", "--device", "cpu", "--sample_every", "0",
+              "--log_dir", "tuned")
     config = load_checkpoint(here / "tuned/model_00200.pt")["config"]
-    assert {key: config[key] for key in ("max_steps", "warmup_steps", "save_every", "eval_every", "batch_size")} == {
-        "max_steps": 200, "warmup_steps": 20, "save_every": 25, "eval_every": 25, "batch_size": 8}
-    assert config["max_lr"] == pytest.approx(3e-3 / 20) and config["total_batch_size"] == 8 * 32
+    usual = {"max_steps": 200, "warmup_steps": 20, "save_every": 25, "eval_every": 25,
+             "log_every": 10}
+    assert usual.items() <= config.items()
+    assert "256 tokens a step = 1 x 1 x 8 x 32" in out and config["total_batch_size"] == 8 * 32
+    assert config["max_lr"] == pytest.approx(3e-3 / 20) and config["min_lr"] == pytest.approx(1.5e-5)
     assert max(float(lr) for lr in re.findall(r"lr (\S+)", out)) == pytest.approx(1.5e-4)
+    shown = re.findall(r"^step +(\d+) \| loss", out, re.M)
+    assert shown == [str(step) for step in [*range(0, 200, 10), 199]]
     assert config["n_layer"] == 1 and config["tokenizer"] == "byte"  # the shape came along
 
 
@@ -86,7 +92,9 @@ def test_the_best_of_a_run_that_overfits_is_kept_and_named(here, run):
     assert 0 < best < 200 and losses[best] < losses[200] - 0.05
     assert f"--init_from overfit/model_{best:05d}.pt --prompt" in out.replace("\\", "/")
     assert sorted(p.name for p in (here / "overfit").glob("*.pt")) == [f"model_{best:05d}.pt", "model_00200.pt"]
-    assert load_checkpoint(here / f"overfit/model_{best:05d}.pt")["val_loss"] == pytest.approx(losses[best], abs=1e-6)
+    for step in (best, 200):
+        kept = load_checkpoint(here / f"overfit/model_{step:05d}.pt")["best"]
+        assert kept == (pytest.approx(losses[best], abs=1e-6), best)
 
 
 def test_fine_tuning_resumes_as_what_it_is(here, run):
@@ -98,6 +106,39 @@ def test_fine_tuning_resumes_as_what_it_is(here, run):
     assert (here / "parts/log.txt").read_text() == (here / "whole/log.txt").read_text()
     a, b = (load_checkpoint(here / name / "model_00050.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_exported_folder_and_the_checkpoint_it_came_from_make_the_same_run(here, run):
+    run("--init_from", BASE, "--export", "exported")
+    flags = {"data": "other.txt", "device": "cpu", "max_steps": 4, "sample_every": 0,
+             "log_every": 1}
+    configs, outs = [], []
+    for start, log_dir in ((BASE, "from_checkpoint"), ("exported", "from_exported")):
+        cfg, model = train_gpt2.configure({**flags, "init_from": start, "log_dir": log_dir})
+        assert model is not None and cfg.tokenizer == "byte"
+        configs.append({**asdict(cfg), "init_from": None, "log_dir": None})
+        given = [word for key, value in flags.items() for word in (f"--{key}", value)]
+        out = run("--init_from", start, "--log_dir", log_dir, *given)
+        outs.append(re.findall(r"^step.* \| (?:val loss|loss .* norm) \S+", out, re.M))
+    assert configs[0] == configs[1] and outs[0] == outs[1]
+    assert len(outs[0]) == 4 + 2  # validation before and after
+    logs = [(here / name / "log.txt").read_text() for name in ("from_checkpoint", "from_exported")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 4 + 2
+    a, b = (load_checkpoint(here / name / "model_00004.pt")
+            for name in ("from_checkpoint", "from_exported"))
+    assert a["config"] == b["config"] and a["model_config"] == b["model_config"]
+    for key, w in a["model"].items():
+        rows = 257 if "wte" in key or "lm_head" in key else len(w)  # the others stand for no token
+        assert torch.equal(w[:rows], b["model"][key][:rows]), key
+
+
+def test_fine_tuning_takes_the_weights_and_no_setting_of_their_run(here, run):
+    """Rates and batches of a training from the start would be too much."""
+    run(*TINY, "--max_steps", "2", "--max_lr", "1e-2", "--weight_decay", "0.7", "--seed", "3",
+        "--seq_len", "16", "--sample_every", "0", "--log_dir", "odd")
+    odd, _ = train_gpt2.configure({"init_from": "odd/model_00002.pt", "log_dir": "x"})
+    usual, _ = train_gpt2.configure({"init_from": BASE, "log_dir": "x"})
+    assert {**asdict(odd), "init_from": None} == {**asdict(usual), "init_from": None}
 
 
 def test_hugging_faces_weights_begin_where_they_are(here, run):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_gpt2
-from common import TINY, environment, generate, logits_of, run, run_here, short_text, talkative
+from common import TINY, environment, generate, run, run_here, short_text, talkative
 from train_gpt2 import GPT, GPTConfig, UserError, get_tokenizer, load_checkpoint
 
 HARD = ["", "hello  world\n\n", "naïve 你好 🙂\r\n\t x", "it's we'LL 'tis", "\x00\x1c\xa0\u3000", "x" * 300,
@@ -31,8 +31,7 @@ def enc(request):
 
 
 def model_for(enc, block_size=64):
-    padded = -(-enc.n_vocab // 64) * 64
-    return talkative(GPT(GPTConfig(block_size, enc.n_vocab, 2, 2, 32, padded))).eval()
+    return talkative(GPT(GPTConfig(block_size, enc.n_vocab, 2, 2, 32)))
 
 
 def exported(model, enc, path):
@@ -47,7 +46,7 @@ def test_hugging_face_loads_the_same_model(enc, tmp_path):
     assert theirs.config.n_ctx == theirs.config.n_positions  # which llama.cpp's converter reads
     idx = torch.randint(enc.n_vocab, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, logits_of(model, idx), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=1e-5)
     prompt = idx[:1, :8]
     text = theirs.generate(prompt, do_sample=False, max_new_tokens=40)[0, 8:].tolist()
     assert text == generate(model, prompt.tolist(), 40, temperature=0)[0] and len(set(text)) > 5
@@ -67,7 +66,8 @@ def test_hugging_faces_tokenizer_is_tiktokens(enc, tmp_path):
 def test_back_again_the_weights_are_the_same_bits(enc, tmp_path):
     model = model_for(enc)
     exported(model, enc, tmp_path / "hf")
-    back = GPT.from_pretrained(str(tmp_path / "hf"), model.config.padded_vocab_size)
+    back = train_gpt2.from_pretrained(str(tmp_path / "hf"))
+    assert back.config == model.config and torch.equal(back(torch.tensor([[1, 2]])), model(torch.tensor([[1, 2]])))
     for (name, a), b in zip(model.named_parameters(), back.parameters(), strict=True):
         n = enc.n_vocab if name == "lm_head.weight" or name.endswith("wte.weight") else len(a)
         assert torch.equal(a[:n], b[:n]), name
@@ -85,8 +85,13 @@ def here(tmp_path_factory):
 def test_the_flag_writes_a_folder_with_a_card_and_takes_nobodys_place(here):
     names = {path.name for path in (here / "my_model").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
-    card, best = (here / "my_model/README.md").read_text(), load_checkpoint(here / "log/model_00200.pt")["best_loss"]
-    assert f"{best:.4f}" in card and "step 200" in card and card.startswith("---\n")
+    card = (here / "my_model/README.md").read_text()
+    assert card.startswith("---\n") and "library_name: transformers\n" in card
+    # 257 tokens and 32 positions; a block of 32 wide; the last LayerNorm.
+    millions = ((257 + 32) * 32 + 12 * 32**2 + 13 * 32 + 2 * 32) / 1e6
+    (said,) = re.findall(r"^By train_gpt2\.py: ([\d.]+) M parameters, (.+)$", card, re.M)
+    assert said[0] == f"{millions:.1f}"
+    assert {"tokenizer byte", "data input.txt", f"from {Path('log', 'model_00200.pt')}"} <= {*said[1].split(", ")}
     before = {path: path.read_bytes() for path in (here / "my_model").iterdir()}
     done = run("--export", "my_model", cwd=here, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another" in done.stderr
@@ -181,7 +186,7 @@ def test_the_ten_lines_of_the_readme_run(here):
     assert done.stdout.startswith(greedy(here, "MIRA:", 100))
     model, ids = GPT(GPTConfig(**state["model_config"])), list(b"MIRA:\nThe sea")
     model.load_state_dict(state["model"])
-    log_probs = logits_of(model, torch.tensor([ids])).log_softmax(-1)[0]
+    log_probs = model(torch.tensor([ids])).log_softmax(-1)[0]
     mean = -sum(log_probs[i, ids[i + 1]].item() for i in range(len(ids) - 1)) / (len(ids) - 1)
     assert float(re.search(r"perplexity ([\d.]+)", done.stdout).group(1)) == pytest.approx(math.exp(mean), abs=0.01)
     assert "embedding torch.Size([32])" in done.stdout

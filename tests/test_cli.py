@@ -1,6 +1,8 @@
 """What a user types: nothing happens behind his back, and what cannot be is said in one line."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ def test_import_prints_nothing_writes_nothing_and_needs_no_network(tmp_path):
            "socket.socket.connect = socket.getaddrinfo = no\n" \
            "import train_gpt2, torch\n" \
            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n" \
-           "assert not {'transformers', 'tiktoken'} & set(sys.modules)\n"
+           "assert not {'transformers', 'wandb', 'hellaswag'} & set(sys.modules)\n"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env=environment(), capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert list(tmp_path.iterdir()) == []
@@ -37,12 +39,19 @@ def here(tmp_path_factory):
     """A folder with all kinds of files that do not do."""
     here = short_text(tmp_path_factory.mktemp("here"))
     run(*QUICK, "--save_every", "1", cwd=here)
+    run("--export", "exported", cwd=here)
     (here / "latin1.txt").write_bytes("Grüße".encode("latin-1") * 1000)
     (here / "empty.txt").write_bytes(b"")
     (here / "short.txt").write_bytes(b"too short")
-    (here / "no_shards").mkdir()
+    for name, files in {"no_shards": [], "texts": ["a.txt", "b.txt"], "only_train": ["train_0.npy"],
+                        "odd_names": ["shard_0.npy", "shard_1.bin"]}.items():
+        (here / name).mkdir()
+        for file in files:
+            (here / name / file).write_bytes(b"0" * 5000)
+    (here / "short_val.txt").write_bytes(b"x" * 320)  # of the last tenth, no window of 32 + 1
     for name, text in {"not_json": "{", "a_list": "[]", "not_gpt2": json.dumps({"model_type": "bert"}),
-                       "no_weights": json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1})}.items():
+                       "no_weights": json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}),
+                       }.items():
         (here / name).mkdir()
         (here / name / "config.json").write_text(text)
     shutil.copytree(here / "no_weights", here / "half_the_weights")
@@ -51,6 +60,13 @@ def here(tmp_path_factory):
     os.truncate(here / "truncated.pt", 5000)
     torch.save([1, 2], here / "list.pt")
     return here
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    """In a process of its own, the program sees to that before it imports the library."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 CUDA = [] if torch.cuda.is_available() else [["--device", "cuda"]]
@@ -67,7 +83,11 @@ surplus
 --data latin1.txt
 --data empty.txt
 --data short.txt
+--data short_val.txt
 --data no_shards --tokenizer byte
+--data texts --tokenizer byte
+--data odd_names --tokenizer byte
+--data only_train --tokenizer byte
 --data no_shards --eval_only --init_from scratch --tokenizer byte
 --seq_len 33
 --n_embd 33
@@ -100,6 +120,12 @@ surplus
 --prompt x --log_dir nothing_there
 --eval_only --log_dir nothing_there
 --prompt x --n_embd 64
+--prompt x --tokenizer gpt2
+--prompt x --eval_only
+--eval_only --prompt x
+--eval_only --export folder
+--export folder --prompt x
+--eval_only --data missing.txt
 --init_from nonsense --tokenizer byte
 --init_from missing.pt
 --init_from truncated.pt
@@ -108,13 +134,15 @@ surplus
 --init_from not_json --tokenizer byte
 --init_from a_list --tokenizer byte
 --init_from no_shards --tokenizer byte
---init_from gpt2 --n_layer 2
+--init_from exported --n_layer 2
+--init_from exported --model gpt2
 """.splitlines()]
 
 
 def impossible(flags):
     """The flags, after those of a quick run where these do not clash with them."""
-    return flags if {"--init_from", "--prompt", "--eval_only"} & set(flags) else [*QUICK, *flags]
+    looks = {"--init_from", "--prompt", "--eval_only", "--export"}
+    return flags if looks & set(flags) else [*QUICK, *flags]
 
 
 @pytest.mark.parametrize("flags", IMPOSSIBLE, ids=" ".join)
@@ -126,8 +154,77 @@ def test_what_cannot_be_is_said_in_one_line_and_changes_nothing(monkeypatch, cap
     err = capfd.readouterr().err
     assert stop.value.code == 2
     assert err.startswith("train_gpt2.py: ") and err.count("\n") == 1, err
-    assert any(flag.strip("-") in err for flag in flags), f"does not say what is wrong: {err}"
+    said = [flag for flag in flags if len(flag) > 2 and flag.strip("-") in err]
+    assert said, f"does not say what is wrong: {err}"
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()} == before
+
+
+def refused(monkeypatch, capfd, here, *flags):
+    """What is said of flags that cannot be: one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, here, *flags)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("flags", [
+    ["--eval_only", "--prompt", "x"], ["--prompt", "x", "--eval_only"],
+    ["--eval_only", "--export", "folder"], ["--prompt", "x", "--export", "folder"]], ids=" ".join)
+def test_of_what_does_not_train_one_thing_at_a_time(monkeypatch, capfd, here, flags):
+    err = refused(monkeypatch, capfd, here, *flags)
+    assert all(flag in err for flag in flags if flag.startswith("--")) and "not allowed with" in err
+    assert not (here / "folder").exists()
+
+
+@pytest.mark.parametrize("data, found", [
+    ("no_shards", (0, 0)), ("texts", (0, 0)), ("odd_names", (0, 0)), ("only_train", (1, 0))])
+def test_a_folder_without_shards_is_refused_with_what_was_looked_for(monkeypatch, capfd, here, data,
+                                                                     found):
+    for tokenizer in ([], ["--tokenizer", "byte"]):
+        err = refused(monkeypatch, capfd, here, *QUICK, "--data", data, *tokenizer)
+        assert err.startswith(f"train_gpt2.py: --data {data}: ")
+        for word in ("*train*", "*val*", ".npy", ".bin", "python fineweb.py"):
+            assert word in err
+        assert "found {} and {}".format(*found) in err
+
+
+def test_the_command_that_a_folder_of_texts_is_told_makes_shards(monkeypatch, capfd, here, tmp_path):
+    (tmp_path / "my texts").mkdir()
+    for i in range(3):
+        (tmp_path / "my texts" / f"{i}.txt").write_bytes((here / "input.txt").read_bytes()[:6000])
+    err = refused(monkeypatch, capfd, tmp_path, *QUICK, "--data", "my texts")
+    words = shlex.split(re.search(r"python fineweb\.py .*", err).group())
+    few = ["--shard_size", "2000"]  # as fineweb.py says where there is little text
+    subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], *few], cwd=tmp_path,
+                   env=environment(), check=True, capture_output=True)
+    made = words[words.index("--out_dir") + 1]
+    run_here(monkeypatch, tmp_path, *QUICK, "--data", made)
+    assert capfd.readouterr().out.count("val loss") == 2
+
+
+@pytest.mark.parametrize("data, split", [
+    ("short.txt", "train"), ("empty.txt", "train"), ("short_val.txt", "val")])
+def test_a_text_too_short_for_one_window_names_the_flag_that_helps(monkeypatch, capfd, here, data,
+                                                                   split):
+    err = refused(monkeypatch, capfd, here, *QUICK, "--data", data)
+    assert err.startswith(f"train_gpt2.py: {data} ({split})") and "--seq_len" in err
+
+
+def test_a_shorter_seq_len_is_what_helps_a_short_text(monkeypatch, capfd, here, tmp_path):
+    run_here(monkeypatch, here, *QUICK, "--data", "short_val.txt", "--seq_len", "8",
+             "--total_batch_size", "32", "--log_dir", tmp_path / "log")
+    assert capfd.readouterr().out.count("val loss") == 2
+
+
+@pytest.mark.parametrize("start", ["log/model_00002.pt", "exported"])
+@pytest.mark.parametrize("flags", [["--n_layer", "2"], ["--n_embd", "64"], ["--block_size", "64"]],
+                         ids=" ".join)
+def test_the_shape_of_weights_cannot_be_chosen(monkeypatch, capfd, here, start, flags):
+    for look in ([], ["--prompt", "x"]):
+        err = refused(monkeypatch, capfd, here, "--init_from", start, *flags, *look)
+        assert err.startswith(f"train_gpt2.py: {' '.join(flags)}: {start} has ")
 
 
 def test_the_process_exits_2_with_one_line(here):
@@ -161,7 +258,8 @@ def test_a_log_dir_that_may_not_be_written_is_said_in_one_line(here, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [QUICK, [*QUICK, "--max_steps", "200"], ["--help"],
-                                   ["--prompt", "x", "--max_new_tokens", "50"]], ids=["short", "long", "help", "prompt"])
+                                   ["--prompt", "x", "--max_new_tokens", "50"]],
+                         ids=["short", "long", "help", "prompt"])
 def test_a_reader_that_has_gone_makes_no_noise(here, flags):
     process = subprocess.Popen(command(*flags, *([] if "--prompt" in flags else ["--log_dir", "piped"])), cwd=here,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -219,3 +317,68 @@ def test_a_very_low_temperature_takes_the_likeliest_token(monkeypatch, capsys, h
         run_here(monkeypatch, here, "--prompt", "Once", "--max_new_tokens", "5", "--temperature", temperature)
         said.append(capsys.readouterr().out)
     assert len(set(said)) == 1
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "Once", "--max_new_tokens", "5"], ["--eval_only"]],
+                         ids=" ".join)
+def test_what_does_not_train_needs_no_steps(monkeypatch, capsys, here, flags):
+    """The checkpoint's warm-up is longer than no steps, and that is no matter."""
+    checkpoint = torch.load(here / "log" / "model_00002.pt", weights_only=True)
+    checkpoint["config"]["warmup_steps"] = 2
+    torch.save(checkpoint, here / "warm.pt")
+    said = []
+    for start in ([], ["--init_from", "log/model_00002.pt"], ["--init_from", "warm.pt"]):
+        for steps in ([], ["--max_steps", "0"]):
+            run_here(monkeypatch, here, *flags, *start, *steps)
+            said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1 and said[0].startswith(("Once", "val loss"))
+
+
+# What next? -----------------------------------------------------------------------------------------------------------
+
+def next_command(out):
+    """The command that a run names at its end, or None. Else it says where the log is."""
+    assert out.count("Done: ") == 1
+    found = re.search(r"What next\?\n  (.*)\n$", out)
+    assert found or not re.search("What next|python|--", out[out.index("Done: "):])
+    return found and found.group(1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a command for a POSIX shell")
+def test_the_command_that_is_named_at_the_end_works_as_it_stands(here, tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o700)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    # The script lies in a folder whose name has a space, too.
+    scripts = tmp_path / "the scripts"
+    scripts.mkdir()
+    for name in ("train_gpt2.py", "input.txt"):
+        shutil.copy(ROOT / name, scripts)
+    how = {"cwd": here, "env": environment(PATH=path), "capture_output": True, "encoding": "utf-8"}
+    trained = subprocess.run(
+        ["python", str(scripts / "train_gpt2.py"), *QUICK, "--log_dir", "it's a run"], **how)
+    words = shlex.split(next_command(trained.stdout))
+    assert words[0] == "python" and words[-2:] == ["--prompt", "Once"]
+    done = subprocess.run(words, **how)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Once") and len(done.stdout) > 10
+
+
+def test_the_command_speaks_with_the_best_checkpoint(monkeypatch, capsys, here, tmp_path):
+    losses = iter([9.0, 3.0, 1.0, 5.0])  # at the steps 0 ... 3
+    monkeypatch.setattr("train_gpt2.evaluate", lambda *args: (next(losses), ""))
+    run_here(monkeypatch, here, *QUICK, "--max_steps", "3", "--save_every", "1", "--eval_every",
+             "1", "--log_dir", tmp_path / "my run")
+    words = shlex.split(next_command(capsys.readouterr().out))
+    assert words[words.index("--init_from") + 1] == str(tmp_path / "my run" / "model_00002.pt")
+
+
+@pytest.mark.parametrize("flags", [["--save_every", "0"], ["--max_steps", "0"]], ids=" ".join)
+def test_no_command_is_named_where_there_is_no_checkpoint(monkeypatch, capsys, here, tmp_path,
+                                                          flags):
+    shutil.copytree(here / "log", tmp_path / "log")  # nor is that of an earlier run
+    run_here(monkeypatch, here, *QUICK, *flags, "--log_dir", tmp_path / "log")
+    assert next_command(capsys.readouterr().out) is None
+    assert not list((tmp_path / "log").glob("*.pt"))

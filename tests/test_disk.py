@@ -43,6 +43,22 @@ setattr(train_gpt2, function, patched)
 train_gpt2.main()
 """
 
+# The program, but where it evaluates it has a fault.
+FAULTY = """
+import sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+
+def evaluate(*args):
+    if kind == "boom":
+        raise RuntimeError("boom")
+    open("gone.txt")
+
+kind = sys.argv.pop(1)
+train_gpt2.evaluate = evaluate
+train_gpt2.main()
+"""
+
 # The program, but in the middle of its second save it is killed.
 KILLED = """
 import io, os, signal, sys
@@ -109,6 +125,7 @@ def here(tmp_path_factory):
     here = short_text(tmp_path_factory.mktemp("here"))
     (here / "disk_full.py").write_text(DISK_FULL.format(root=str(ROOT)))
     (here / "killed.py").write_text(KILLED.format(root=str(ROOT)))
+    (here / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
     return here
 
 
@@ -223,6 +240,45 @@ def test_output_that_meets_a_full_disk_ends_the_run_with_one_line(here, tmp_path
     assert done.returncode == 1
 
 
+# What is no full disk -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, last_line", [
+    ("missing", "FileNotFoundError: [Errno 2] No such file or directory: 'gone.txt'"),
+    ("boom", "RuntimeError: boom")])
+def test_a_fault_of_the_programs_own_keeps_its_traceback(here, tmp_path, kind, last_line):
+    done = script(here, "faulty.py", kind, *RUN, "--log_dir", tmp_path / "log")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and done.stderr.splitlines()[-1] == last_line
+    assert "in evaluate" in done.stderr  # where it was
+    assert "train_gpt2.py:" not in done.stderr and "whole" not in done.stderr
+    assert not re.search(f"{FULL}|out of memory", done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("fault", [
+    FileNotFoundError(2, "No such file or directory", "gone.txt"), RuntimeError("boom"),
+    KeyError("boom"), ValueError("boom")], ids=repr)
+def test_no_fault_is_caught_and_called_something_else(here, tmp_path, monkeypatch, fault):
+    def evaluate(*args):
+        raise fault
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    with pytest.raises(type(fault)) as raised:
+        run_here(monkeypatch, here, *RUN, "--log_dir", tmp_path / "log")
+    assert raised.value is fault
+
+
+def test_a_fault_while_saving_is_no_full_disk_and_costs_no_older_checkpoint(cut_off, monkeypatch):
+    before = files(cut_off)
+
+    def save(state, f):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="boom"):
+        train_gpt2.save_checkpoint(cut_off / "model_00002.pt", {})
+    assert {name: files(cut_off)[name] for name in before} == before
+
+
 # A folder that cannot be written to -----------------------------------------------------------------------------------
 
 def unusable(kind, folder):
@@ -242,7 +298,7 @@ def test_a_log_dir_that_cannot_be_written_is_refused_before_anything_slow(here, 
     def too_late(*args):
         raise AssertionError("it has begun to work")
 
-    for slow in ("set_up", "open_data", "GPT"):
+    for slow in ("Machine", "get_tokenizer", "open_data", "GPT"):
         monkeypatch.setattr(train_gpt2, slow, too_late)
     log_dir = unusable(kind, tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Looking into a run while it lasts: Weights & Biases and the profiler, both only when asked for."""
+"""Looking into a run while it lasts: Weights & Biases, only when asked for."""
 import json
 
 import pytest
@@ -52,20 +52,21 @@ def test_two_processes_have_one_board_and_give_up_together(tmp_path):
     assert (tmp_path / "log" / "log.txt").read_text().splitlines() == rows  # the earlier run stays where it was
 
 
-def test_a_run_that_goes_on_has_the_board_of_its_flags_and_is_not_profiled_again(tmp_path):
+def test_a_run_that_goes_on_has_the_board_of_its_flags(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
     flags = [*FLAGS[:-1], "3"]                              # --save_every 3
-    run(*flags, "--wandb", "--profile", cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
+    run(*flags, "--wandb", cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
     (tmp_path / "modules" / "wandb.py").write_text("raise ImportError('gone')")
     refused = run("--resume", "--max_steps", "8", cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path / "modules"))
     assert refused.returncode == 2 and "gone" in refused.stderr and "--no-wandb" in refused.stderr
     done = run("--resume", "--max_steps", "8", "--no-wandb", cwd=tmp_path, PYTHONPATH=str(tmp_path / "modules"))
-    assert len(losses(done.stdout)) == 2 and "Self CPU" not in done.stdout
+    assert len(losses(done.stdout)) == 2
 
 
-@pytest.mark.parametrize("module, says", [("raise ImportError('no such package')", "no such package"),
-                                          ("def init(**_): raise ValueError('No API key' + chr(10) + 'Longer')", "No API key")])
+@pytest.mark.parametrize("module, says", [
+    ("raise ImportError('no such package')", "no such package"),
+    ("def init(**_): raise ValueError('No API key' + chr(10) + 'Longer')", "No API key")])
 def test_no_wandb_to_be_had_is_one_line_and_no_run(tmp_path, module, says):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(module)
@@ -78,13 +79,3 @@ def test_without_the_flag_wandb_is_not_even_imported(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text("raise SystemExit('imported')")
     run(*FLAGS, cwd=short_text(tmp_path), PYTHONPATH=str(tmp_path / "modules"))
-
-
-def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path):
-    profiled = run(*FLAGS, "--profile", "--log_dir", "a", cwd=short_text(tmp_path))
-    plain = run(*FLAGS, "--log_dir", "b", cwd=tmp_path)
-    assert "Self CPU" in profiled.stdout and "aten::addmm" in profiled.stdout and "aten::addmm" not in plain.stdout
-    names = {event.get("name") for event in json.loads((tmp_path / "a" / "trace.json").read_text())["traceEvents"]}
-    assert {"aten::linear", "aten::native_layer_norm", "autograd::engine::evaluate_function: AddmmBackward0"} <= names
-    assert not (tmp_path / "b" / "trace.json").exists()
-    assert (tmp_path / "a" / "log.txt").read_bytes() == (tmp_path / "b" / "log.txt").read_bytes()

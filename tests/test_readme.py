@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common import ROOT, environment
+from links import with_lines
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STEPS = re.findall(r"^\| (\d\d) \| \[`(\w+)`\]\(../../commit/(\w+)\) \| (.+?) \|", README, re.M)
@@ -32,6 +33,11 @@ def test_each_link_into_a_file_points_at_the_line_that_it_names():
         assert re.search(rf"\b{re.escape(name)}\b", there), f"{file}:{line} is not {name}: {there}"
         if re.search(rf"^ *(class|def) {re.escape(name)}\b", text, re.M):
             assert re.match(rf" *(class|def) {re.escape(name)}\b", there), f"{file}:{line} only uses {name}"
+
+
+def test_the_line_numbers_are_those_that_links_py_would_write():
+    assert with_lines(README) == README
+    assert with_lines("[`GPTConfig`](train_gpt2.py#L1)") != "[`GPTConfig`](train_gpt2.py#L1)"
 
 
 def test_files_and_pictures_that_it_links_are_there():

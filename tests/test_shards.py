@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import ROOT, environment
-from train_gpt2 import DataLoaderLite, UserError
+from train_gpt2 import DataLoaderLite, UserError, find_shards
 
 T, V = 8, 50257
 
@@ -53,7 +53,7 @@ def starts(loader, batches):
 def test_an_epoch_has_every_window_of_every_shard_once(shards, seed):
     paths, windows = shards
     loader = DataLoaderLite(paths, 1, T, V, seed=seed)
-    assert loader.total == len(windows) == 20
+    assert loader.windows.total == len(windows) == 20
     epochs = [starts(loader, 20) for _ in range(3)]
     assert all(sorted(epoch) == windows for epoch in epochs)
     if seed is None:
@@ -120,14 +120,36 @@ def test_a_bad_shard_is_an_error_that_names_it(tmp_path, how, suffix):
     break_it(how, bad)
     with pytest.raises(UserError, match=bad.name) as error:
         loader = DataLoaderLite([good, bad], 1, T, V)
-        starts(loader, loader.total)
+        starts(loader, loader.windows.total)
     assert "\n" not in str(error.value)
 
 
 def test_no_shards_and_too_few_tokens_are_errors(tmp_path):
     for paths in ([], [write(tmp_path / "train.npy", np.arange(T))]):
-        with pytest.raises(UserError, match="too few"):
+        with pytest.raises(UserError, match=r"0 windows of 8 \+ 1 tokens.*--seq_len"):
             DataLoaderLite(paths, 1, T, V)
+
+
+@pytest.mark.parametrize("names", [
+    [], ["a.txt", "b.txt"], ["train.txt", "val.txt"], ["a.npy", "b.bin"], ["train_0.npy"],
+    ["val_0.bin"]], ids=",".join)
+def test_a_folder_without_both_splits_is_an_error_that_says_what_was_looked_for(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        find_shards(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"--data {tmp_path}: ") and "\n" not in message
+    assert all(word in message for word in ("*train*", "*val*", ".npy", ".bin", "fineweb.py"))
+
+
+def test_shards_are_told_apart_by_the_later_word_in_their_name_and_other_files_left_alone(tmp_path):
+    names = ["edu_train_0.npy", "edu_train_1.npy", "interval_train_2.npy", "train_val.npy", "val.bin"]
+    for name in (*reversed(names), "notes_train.txt", "shard.npy"):
+        (tmp_path / name).touch()
+    train, val = find_shards(tmp_path)
+    assert [path.name for path in train] == names[:3]
+    assert [path.name for path in val] == names[3:]
 
 
 def python(code, *args):
@@ -159,5 +181,5 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         write(tmp_path / f"train_{i:03d}.npy", np.arange(2 * T + 1))
     drawn = python("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
                    "loader = DataLoaderLite(sorted(Path(sys.argv[1]).iterdir()), 1, 8, 50257, seed=1)\n"
-                   "print(len([loader.next_batch() for _ in range(loader.total)]))\n", tmp_path)
+                   "print(len([loader.next_batch() for _ in range(loader.windows.total)]))\n", tmp_path)
     assert int(drawn) == 400
