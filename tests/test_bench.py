@@ -57,9 +57,7 @@ def test_train_compares_two_models_that_learn_the_same(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["train", "--device", "cpu", "--fp8"], "--fp8 needs an H100 or newer"),
-    (["profile", "--model", "gpt"], "gpt2-xl"), (["sleep"], "profile")])
-def test_what_cannot_be_is_refused(tmp_path, flags, says):
+def test_8_bit_floats_without_their_hardware_are_refused(tmp_path):
+    flags, says = ["train", "--device", "cpu", "--fp8"], "--fp8 needs an H100 or newer"
     done = bench(*flags, cwd=tmp_path, check=False)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
 """What a user types: nothing happens behind his back, and what cannot be is said in one line."""
+import io
 import json
 import os
 import re
@@ -278,10 +279,10 @@ def test_text_does_not_need_its_data_to_be_spoken(monkeypatch, capsys, here, tmp
 
 
 @pytest.mark.parametrize("prompt", [b"\xff\xfe", b"", b"\0", "\u2028é".encode(), b"a\r\nb"])
-def test_any_bytes_on_stdin_are_a_prompt(here, prompt):
-    done = subprocess.run(command("--prompt", "-", "--max_new_tokens", "3"), cwd=here, env=environment(),
-                          input=prompt, capture_output=True)
-    assert done.returncode == 0, done.stderr
+def test_any_bytes_on_stdin_are_a_prompt(monkeypatch, capsys, here, prompt):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt), encoding="utf-8"))
+    run_here(monkeypatch, here, "--prompt", "-", "--max_new_tokens", "3")
+    assert capsys.readouterr().out.startswith(prompt.decode(errors="replace"))
 
 
 def test_a_console_that_lacks_a_character_shows_another(here):
