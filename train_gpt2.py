@@ -65,10 +65,10 @@ def attention(q, k, v):
     numbers: q, k, v (B, nh, T, hs) -> (B, nh, T, hs). Each token gets a mean of the values of all
     tokens up to itself, and those count most whose keys match its query."""
     T, hs = q.size(-2), q.size(-1)
-    # scores[..., t, s]: how well does key s match query t? It is a sum of hs products, each about 1
-    # in size and plus or minus as it happens, so it is about sqrt(hs). Divided by that it is about
-    # 1. With much larger scores, softmax would give nearly all to one token, and a small change of
-    # the scores would change nearly nothing: the gradient would be 0, and nothing could be learnt.
+    # scores[..., t, s]: how well does key s match query t? A sum of hs products, plus or minus as
+    # it happens. If each is about 1, such a sum is about sqrt(hs); divided by that, about 1 again.
+    # With much larger scores, softmax would give nearly all to one token, and a small change of the
+    # scores would change nearly nothing: the gradient would be 0, and nothing could be learnt.
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
     # No token may see a later one, as it is to foretell them. True is above the diagonal, where the
     # column is later than the row; there the score becomes -inf, and the share 0.
@@ -99,9 +99,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        # attention(q, k, v), but tile by tile, so that a GPU need not write the T x T scores to its
-        # memory and read them again, which takes most of the time (FlashAttention,
-        # arXiv:2205.14135).
+        # attention(q, k, v), but tile by tile, so that a GPU need not write the T x T scores to
+        # memory and read them again, which takes longest (FlashAttention, arXiv:2205.14135).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         return self.merge(y)
 
@@ -157,8 +156,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
-        # lm_head takes the dot product of a vector with the vector of each token: the better they
-        # match, the higher is this token's number. These are the vectors that wte begins with.
+        # lm_head takes the dot product of a vector with each token's vector: the better they match,
+        # the higher is this token's number. It is wte's matrix: one under two names, from now on.
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
@@ -185,16 +184,15 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size): softmax makes of them the probabilities of
-        what comes after each position. With targets (B, T), the tokens that did come after: the
-        loss instead, one number."""
+        what comes after each position. With targets (B, T), what did come: the loss, a number."""
         logits = self.lm_head(self.trunk(idx))[..., :self.config.vocab_size]
         if targets is None:
             return logits
         # Cross-entropy: -log of the probability that the model gave to the right token, a mean over
-        # all positions but those with a target of -100. At first, parameters are random and small,
-        # all tokens are about equally probable, and the loss is about log(vocab_size), 5.55 for
-        # 257. softmax has a sum over all tokens below its line; for this, a GPU's logits of 16 bits
-        # are too coarse, and float() makes them 32.
+        # all positions (-100 as a target is for one that shall not count). At first, parameters are
+        # random and small, all tokens are about equally probable, and the loss is about
+        # log(vocab_size), 5.55 for 257. On a GPU, logits come in 16 bits (section 5). softmax
+        # divides by a sum of thousands of exp(): too coarse for that, so float() makes them 32.
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 # --------------------------------------------------------------------------------------------------
@@ -223,8 +221,7 @@ def generate(model, idx, max_new_tokens, **how):
         yield token
         idx = torch.cat((idx, token), dim=1)
 
-# For each new token, the whole text is computed again. Part V keeps what a later token cannot
-# change, and comes to the same text many times faster.
+# For each token, the whole text is computed again. Part V keeps what later ones cannot change.
 # --------------------------------------------------------------------------------------------------
 # 3. Tokens and batches
 
@@ -235,6 +232,7 @@ def get_tokenizer(name):
     no joins. <|endoftext|> is a token of its own that stands between documents."""
     if name == "gpt2":
         return load_gpt2_vocabulary()
+    # pat_str cuts a text before anything is joined (here: not at all); a token's rank is its id.
     return tiktoken.Encoding("byte", pat_str=r"[\s\S]+", special_tokens={"<|endoftext|>": 256},
                              mergeable_ranks={bytes([i]): i for i in range(256)})
 
@@ -292,7 +290,8 @@ def configure_optimizers(model, max_lr, weight_decay):
     of the gradient and v of its square: m = 0.9 m + 0.1 g at each step, and v with 0.95. A step is
     lr * m / (sqrt(v) + eps). If the gradient is always g, that is lr, however large g is; if its
     sign keeps changing, it is near 0. Weight decay makes matrices a little smaller at each step, so
-    that only what gradients keep pushing grows large. Returns a list: other recipes use several."""
+    that only what gradients keep pushing grows large; LayerNorm's factors shall be near 1, not 0.
+    Returns a list: other recipes use several."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm
     groups = [{"params": matrices, "weight_decay": weight_decay, "max_lr": max_lr},
@@ -320,17 +319,18 @@ def train(cfg, raw_model, enc, machine):
     # The classes above are swapped for those of part V, which compute the same and are faster; you
     # may read on as if this line were not there.
     swap_classes(raw_model, faster_classes(cfg))
-    # The same parameters, to be called in training: compiled for a GPU, and knowing of the other
-    # processes. raw_model is for all else.
+    # For training: the same parameters, compiled, and knowing of the other processes.
     model = machine.parallelize(raw_model, cfg)
     B = machine.sequences(cfg)
     train_shards, val_shards = open_data(cfg.data, enc)
     train_loader = DataLoaderLite(train_shards, B, cfg.seq_len, enc.n_vocab, f"{cfg.data} (train)",
                                   machine.rank, machine.world_size, cfg.seed)
+    # Of this one, evaluate() takes as many windows at once as suit it.
     val_loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
     optimizers = configure_optimizers(raw_model, cfg.max_lr, cfg.weight_decay)
-    # The scaler is for float16, whose smallest numbers are larger than many gradients. It
-    # multiplies the loss, and so all gradients, and divides them again before they are used.
+    # For float16, whose smallest numbers are larger than many gradients: the scaler multiplies the
+    # loss by a factor, and so all gradients, and unscale_() divides them again. If one got too
+    # large by that, step() does nothing, and update() lowers the factor.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     run = Run(cfg, raw_model, enc, optimizers, scaler, train_loader, machine)
     start = run.begin()
@@ -348,7 +348,7 @@ def train(cfg, raw_model, enc, machine):
             val_loss, report = evaluate(model, val_loader, B, cfg.val_tokens, enc, machine)
             run.log(step, "val", val_loss, report)
         if due(step, cfg.hellaswag_every, last_step):
-            run.score_hellaswag(step)
+            run.score_hellaswag(step)  # a test: which of four endings is a story's own?
         if step > 0 and due(step, cfg.sample_every, last_step):
             run.sample(step)
         if step > 0 and due(step, cfg.save_every, last_step):
@@ -462,6 +462,7 @@ class Machine:
         self.world_size = from_torchrun("WORLD_SIZE", 1)
         local_rank = from_torchrun("LOCAL_RANK", 0)
         gpus = torch.cuda.device_count()
+        # mps is a Mac's GPU. For it there is no library that sums over processes.
         mps = torch.backends.mps.is_available() and "RANK" not in os.environ
         kind = cfg.device or ("cuda" if gpus else "mps" if mps else "cpu")
         there = {"cuda": local_rank < gpus, "mps": mps, "cpu": True}
@@ -521,6 +522,7 @@ class Machine:
         together when its turn comes, and dropped after it."""
         if cfg.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+            # The mesh is the processes in a row. fully_shard() puts each one's share on its device.
             mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
             for module in [*model.transformer.h, model]:
                 fully_shard(module, mesh=mesh)
@@ -588,8 +590,9 @@ def num_params(model):
 
 def flops_per_token(model, T):
     """FLOPs of forward and backward pass: for each parameter a multiplication and an addition, once
-    forward, once for its gradient, and once for that of its input; and 12 L C T for attention
-    (PaLM, arXiv:2204.02311, appendix B)."""
+    forward, once for its gradient, and once for that of its input: 6. In attention, scores and
+    shares @ v cost C of these for each of T tokens: 6 * 2 C T in each layer (PaLM,
+    arXiv:2204.02311, appendix B)."""
     return 6 * num_params(model) + 12 * model.config.n_layer * model.config.n_embd * T
 
 def speed_report(model, cfg, dt, machine):
@@ -717,7 +720,9 @@ def evaluate(model, loader, B, max_tokens, enc, machine):
     # Every process makes as many passes as the others, because under FSDP they wait for each other.
     own = range(machine.rank * B, windows + machine.rank * B, machine.world_size * B)
     sums = np.zeros(3)
-    for first in tqdm(own, "validation", leave=False, delay=1, disable=machine.rank > 0 or None):
+    # None: no progress bar where no terminal is.
+    hidden = True if machine.rank > 0 else None
+    for first in tqdm(own, "validation", leave=False, delay=1, disable=hidden):
         x, y = loader.batch(first, B)
         # What fills up the last batch is not counted.
         y[max(windows - first, 0):] = -100
@@ -835,6 +840,7 @@ def open_log(folder, start):
     again. A run that begins at step 0 first moves an earlier one aside."""
     path = folder / "log.txt"
     earlier = [*checkpoints(folder).values(), path]
+    # try_folder() has made log.txt, so it is there; if it is empty, no run was.
     if start == 0 and (len(earlier) > 1 or path.stat().st_size):
         n = 1
         while (aside := folder / f"earlier_run_{n}").exists():
@@ -942,6 +948,7 @@ class Run:
         hellaswag.py."""
         if self.items:
             from hellaswag import accuracy, score
+            # acc goes by the sum of an ending's losses; acc_norm by the mean, fair to long ones.
             sums, means = score(self.model, self.items, self.machine.device, self.machine.dtype)
             acc, acc_norm = accuracy(sums, self.items), accuracy(means, self.items)
             self.log(step, "hella", acc_norm, f"HellaSwag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
@@ -1357,14 +1364,15 @@ def load_start(asked, looking):
         require(state or not looking,
                 f"no checkpoint in {asked.log_dir}: train one, or pass --init_from gpt2")
         init_from = str(path or init_from)
-    own = state is not None
+    from_log_dir = state is not None
     if init_from == "scratch":
         return None, {}, init_from, False
     if init_from.endswith(".pt"):
         state = state or load_checkpoint(Path(init_from))
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-        if own or looking:
+        if from_log_dir or looking:
+            # Its run goes on, or it is to be looked at: all its settings hold.
             return model, state["config"], init_from, not looking
     else:
         model = from_pretrained(init_from)
@@ -1421,7 +1429,8 @@ def exit_codes(program, *user_errors):
             if sys.exc_info()[0]:
                 # The others may wait for this one. A regular farewell would wait for them.
                 dist.group.WORLD.abort()
-            # gloo, which sums on a CPU, still holds tensors, and needs Python to let go of them.
+            # A thread of gloo, which sums on a CPU, may still be about to drop tensors. For that it
+            # needs the interpreter, which sleep() leaves to it for a moment.
             time.sleep(0.1)
             dist.destroy_process_group()
 
@@ -1545,7 +1554,9 @@ class FP8Linear(nn.Linear):
 
 class FP8Product(torch.autograd.Function):
     """F.linear in 8-bit floats (arXiv:2209.05433): half of bfloat16's bytes, up to twice its speed.
-    The gradient of w, of which AdamW keeps a mean over many steps, stays in bfloat16.
+    PyTorch knows no gradients of this, so backward() works them out: from g, that of y = x W^T +
+    bias, come g W for x, g^T x for W, and the sum of g for bias. ctx carries over what forward()
+    has saved. The gradient of W, of which AdamW keeps a mean over many steps, stays in bfloat16.
 
     e4m3 has 3 bits of mantissa and ends at 448, e5m2 has 2 and ends at 57,344. Fixed factors bring
     numbers into the range: x may be up to 448 / 4 = 112 (seen: 7), w up to 14 (seen: 0.9),
@@ -1592,19 +1603,20 @@ class CachedModel:
         self.kv = []
 
     def __call__(self, idx):
-        T = idx.size(1)
-        if T != self.seen + 1:
+        end = idx.size(1)
+        if end != self.seen + 1:
             # The prompt. Or a text over block_size: its window has moved by one, so all tokens have
             # other positions than before, and all is to be computed again.
             self.seen = 0
-        pos = torch.arange(self.seen, T, device=idx.device)
-        logits = self.step(idx[:, self.seen:], pos, T)
-        self.seen = T
+        pos = torch.arange(self.seen, end, device=idx.device)
+        logits = self.step(idx[:, self.seen:], pos, room=end)
+        self.seen = end
         return logits
 
     def step(self, idx, pos, room):
-        """idx (B, T), new tokens at pos (T,) -> logits (B, T, vocab_size). They look at the first
-        `room` positions, as far as there is something."""
+        """idx (B, T), the new tokens, at pos (T,) -> logits (B, T, vocab_size). They look at the
+        cache's first `room` positions: here at all that are filled, in RecordedModel at more, of
+        which the mask hides those later than a token's own."""
         parts = self.model.transformer
         x = parts.wte(idx) + parts.wpe(pos)
         # True where a token may look: up to its own position.
@@ -1639,6 +1651,7 @@ class RecordedModel(CachedModel):
             # Once without recording: the first time, libraries make themselves ready.
             super().step(*self.inputs, room)
             self.graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads do meanwhile shall not end it.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = super().step(*self.inputs, room)
         self.inputs[0].copy_(idx)
