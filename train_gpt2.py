@@ -236,13 +236,13 @@ def get_tokenizer(name):
     return tiktoken.Encoding("byte", pat_str=r"[\s\S]+", special_tokens={"<|endoftext|>": 256},
                              mergeable_ranks={bytes([i]): i for i in range(256)})
 
-def open_data(path, enc):
+def open_data(path, enc, separator=None):
     """(training split, validation split): lists of shards, which are long rows of ids or files of
     them. A text's last tenth is for validation, as a model may know by heart what it trained on."""
     path = Path(path)
     if path.is_dir():
         return find_shards(path)
-    tokens = enc.encode_to_numpy(read_text(path), disallowed_special=())
+    tokens = read_tokens(path, enc, separator)
     n = len(tokens) * 9 // 10
     return [tokens[:n]], [tokens[n:]]
 
@@ -322,7 +322,7 @@ def train(cfg, raw_model, enc, machine):
     # For training: the same parameters, compiled, and knowing of the other processes.
     model = machine.parallelize(raw_model, cfg)
     B = machine.sequences(cfg)
-    train_shards, val_shards = open_data(cfg.data, enc)
+    train_shards, val_shards = open_data(cfg.data, enc, cfg.separator)
     train_loader = DataLoaderLite(train_shards, B, cfg.seq_len, enc.n_vocab, f"{cfg.data} (train)",
                                   machine.rank, machine.world_size, cfg.seed)
     # Of this one, evaluate() takes as many windows at once as suit it.
@@ -343,7 +343,7 @@ def train(cfg, raw_model, enc, machine):
             break
 
         # Once in a while, and at the end: how good is it, what does it write, is it safe on disk?
-        val_loss = math.inf  # save() keeps the best
+        val_loss = math.inf
         if due(step, cfg.eval_every, last_step):
             val_loss, report = evaluate(model, val_loader, B, cfg.val_tokens, enc, machine)
             run.log(step, "val", val_loss, report)
@@ -351,7 +351,7 @@ def train(cfg, raw_model, enc, machine):
             run.score_hellaswag(step)  # a test: which of four endings is a story's own?
         if step > 0 and due(step, cfg.sample_every, last_step):
             run.sample(step)
-        if step > 0 and due(step, cfg.save_every, last_step):
+        if step > 0 and (due(step, cfg.save_every, last_step) or run.is_best(step, val_loss)):
             run.save(step, val_loss)
         if last_step:
             break
@@ -410,10 +410,13 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
+import zipfile
+import zlib
 
+import filelock
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -423,6 +426,13 @@ from tqdm import tqdm
 class UserError(ValueError):
     """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits
     with 2."""
+
+class RunError(Exception):
+    """The run cannot go on. As above, but main() exits with 1."""
+
+def one_line(error):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 def require(condition, message):
     """An assert about what the user asked for: raises UserError, also under `python -O`."""
@@ -442,10 +452,23 @@ def from_torchrun(name, alone):
     (RANK of all, LOCAL_RANK of this machine's), and of how many (WORLD_SIZE)."""
     return int(os.environ.get(name, alone))
 
+def check_torchrun():
+    """All of its variables or none: with a part of them, processes would not find each other."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found.keys() & set(names[:3]):
+        return
+    good = all(found.get(name, "").isdecimal() for name in names[:4]) and "MASTER_ADDR" in found
+    require(good and int(found["RANK"]) < int(found["WORLD_SIZE"]), "of what torchrun sets, "
+            f"{', '.join(names)}, this is here: {found}. Start with torchrun, or unset these")
+
 def print0(*values, **how):
     """print(), but of several processes only one speaks."""
     if from_torchrun("RANK", 0) == 0:
         print(*values, **how)
+
+def warn(message):
+    print0(f"warning: {one_line(message)}", file=sys.stderr)
 
 # --------------------------------------------------------------------------------------------------
 # 7. The machine: its device, and the processes beside this one
@@ -474,8 +497,10 @@ class Machine:
         bf16 = True
         if self.cuda:
             torch.cuda.set_device(self.device)
-            # 8-bit floats (part V) came with generation 9, H100; bfloat16 with 8, A100.
-            fp8 = torch.cuda.get_device_capability() >= (9, 0) and cfg.n_embd % 16 == 0
+            # 8-bit floats (part V) came with generation 9, H100; bfloat16 with 8, A100. AMD's
+            # cards (hip) count otherwise.
+            hopper = torch.cuda.get_device_capability() >= (9, 0) and not torch.version.hip
+            fp8 = hopper and cfg.n_embd % 16 == 0
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         best = "bfloat16" if bf16 else "float16"
         dtype = cfg.dtype or (best if self.cuda else "float32")
@@ -494,7 +519,11 @@ class Machine:
         if "RANK" in os.environ:
             # The libraries that sum over processes, for GPUs and for CPUs.
             backend = "nccl" if self.cuda else "gloo"
-            dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
+            try:
+                dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
+            except (RuntimeError, ValueError) as e:
+                raise UserError(f"the processes do not find each other: {e}. Is MASTER_ADDR right, "
+                                "and MASTER_PORT not in use?") from None
 
     def sum(self, value, op=dist.ReduceOp.SUM):
         """The sum of a number, or of each number in a list, over all processes; or another op."""
@@ -617,14 +646,45 @@ def load_gpt2_vocabulary():
             f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, or "
             "point TIKTOKEN_CACHE_DIR to a folder that has it, or pass --tokenizer byte") from None
 
-def read_text(path):
+def read_tokens(path, enc, separator=None):
+    """The ids of a text file, (n,): uint8 for bytes, or else uint16. If a separator is known that
+    stands between its documents, <|endoftext|> stands before each of them instead. Raises
+    UserError."""
+    # Bytes are not joined, so that a text can be read in pieces, which saves memory.
+    size = 2**16 if enc.name == "byte" and not separator else -1
+    rows = []
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        with open(path, encoding="utf-8") as file:
+            while text := file.read(size):
+                if not rows:
+                    # Some editors begin a file with this mark, which is no text.
+                    text = text.removeprefix("\ufeff")
+                for document in text.split(separator) if separator else [text]:
+                    if separator and document:
+                        rows.append(np.array([enc.eot_token], dtype=np.uint16))
+                    rows.append(encode(document, enc))
+    except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
+    return np.concatenate(rows or [np.array([], dtype=np.uint8)])
+
+def encode(text, enc):
+    """The ids of a text, (n,). In it, the letters "<|endoftext|>" are letters like others."""
+    if enc.name == "byte":
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    try:
+        return enc.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    except ValueError:
+        # tiktoken gives up at a very long run of blanks.
+        run = max(re.finditer(r"\s+", text), key=lambda run: run.end() - run.start())
+        line = text.count("\n", 0, run.start()) + 1
+        raise UserError(f"from line {line:,} on there are {len(run.group()):,} blanks, too many to "
+                        "be tokenized: shorten them") from None
 
 def find_shards(path):
     """The files of tokens in a folder: (training split, validation split), lists of paths."""
+    require(not [*path.glob("**/dataset_info.json")], f"--data {path} is a data set: write it to "
+            "a file, with datasets.load_from_disk() and to_json('text.jsonl'), and make shards: "
+            "python fineweb.py --files text.jsonl --out_dir shards")
     files = [p for p in sorted(path.iterdir()) if p.suffix in (".npy", ".bin")]
     # In a name like interval_train_01.npy the later word counts.
     train = [p for p in files if p.name.rfind("train") > p.name.rfind("val")]
@@ -635,8 +695,8 @@ def find_shards(path):
     return train, val
 
 def open_shard(path):
-    """The ids of a shard, (n,) uint16. A text's are an array already. A file is mapped from disk,
-    so that only what is indexed is read: .npy as numpy writes it, or .bin as llm.c does, 256 int32
+    """The ids of a shard, (n,). A text's are an array already. A file is mapped from disk, so that
+    only what is indexed is read: .npy as numpy writes it, or .bin as llm.c does, 256 int32
     (20240520, 1, n, ...) and then n uint16. Raises UserError."""
     if isinstance(path, np.ndarray):
         return path
@@ -651,7 +711,7 @@ def open_shard(path):
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{tokens.dtype} {tokens.shape}, no row of uint16")
         return tokens
-    except (OSError, ValueError, EOFError) as e:
+    except Exception as e:  # whatever numpy meets in a broken file
         raise UserError(f"{path} is cut short or no shard: {e}. Make or copy it again") from None
 
 @dataclass
@@ -670,6 +730,16 @@ class Windows:
         self.counts = [max(len(open_shard(shard)) - 1, 0) // self.T for shard in self.shards]
         self.total = sum(self.counts)
         self.opened = None
+
+    def fingerprint(self):
+        """A number that will be another one for other data: of a text all counts, of a file its
+        length and its ends."""
+        crc = 0
+        for shard in self.shards:
+            tokens = open_shard(shard)
+            ends = tokens if tokens is shard else np.concatenate((tokens[:1000], tokens[-1000:]))
+            crc = zlib.crc32(f"{len(tokens)}".encode() + ends.tobytes(), crc)
+        return crc
 
     def require(self, n):
         require(self.total >= n, f"{self.name}: {self.total} windows of {self.T} + 1 tokens, and "
@@ -774,7 +844,7 @@ def stream_text(model, enc, prompt, cfg, seed):
 
 # The version of the checkpoints, which are plain dicts of plain values and tensors. A file of
 # another version is refused.
-FORMAT = 4
+FORMAT = 5
 
 def state_dicts():
     """PyTorch's functions for states that are spread over processes, and the options for one that
@@ -799,24 +869,49 @@ def save_checkpoint(path, state):
         if not isinstance(cause, OSError):
             raise
         beside.unlink(missing_ok=True)
-        sys.exit(f"cannot write {path}: {cause}. Earlier checkpoints are whole: make room, then "
-                 "--resume")
+        raise RunError(f"cannot write {path}: {cause}. Earlier checkpoints are whole: "
+                       "make room, then --resume") from None
 
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. Raises UserError if it cannot be used."""
+    require(path.is_file(), f"cannot use {path}: there is no such file")
     try:
+        # It is a zip file, which has a checksum of each of its parts.
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
-    except Exception as e:  # whatever torch.load() meets in a broken file
+        whole = not damaged and (found != FORMAT or is_whole(state))
+    except Exception as e:  # whatever is met in a broken file
         name = type(e).__name__
         raise UserError(f"cannot use {path}: cut short, or no checkpoint? ({name})") from None
+    require(whole, f"cannot use {path}: it is damaged, or not all in it fits together")
     require(found == FORMAT, f"cannot use {path}: it has format {found}, and this version writes "
             f"{FORMAT}. The version that wrote it can --export it, for --init_from")
     return state
 
+def is_whole(state):
+    """Has a checkpoint all that a run needs to go on? Or else it may raise whatever."""
+    TrainConfig(**state["config"])
+    # On the device "meta", tensors have a shape and no numbers.
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**state["model_config"]))
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
+    # What an optimiser keeps of a parameter has its shape, or is one number.
+    kept = [(w, shapes[name]) for name, of_it in state["optimizer"]["state"].items()
+            for w in of_it.values()]
+    numbers = state["step"], state["position"], state["data"], *state["best"]
+    return (shapes == {name: w.shape for name, w in state["model"].items()}
+            and all(w.dim() == 0 or w.shape == shape for w, shape in kept)
+            and all_finite(state["model"]) and all(type(n) in (int, float) for n in numbers))
+
+def all_finite(weights):
+    return all(w.isfinite().all() for w in weights.values())
+
 def checkpoints(log_dir):
     """Paths of the checkpoints in log_dir by step, oldest first."""
-    paths = [p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()]
+    paths = [p for p in Path(log_dir).glob("model_*.pt")
+             if re.fullmatch("model_[0-9]+", p.stem) and p.is_file()]
     return dict(sorted((int(p.stem[6:]), p) for p in paths))
 
 def newest_checkpoint(log_dir):
@@ -830,7 +925,7 @@ def newest_checkpoint(log_dir):
             why = why or e
             continue
         if why:
-            print0(f"warning: {why}; going on from {path}", file=sys.stderr)
+            warn(f"{why}; going on from {path}")
         return path, state
     require(why is None, f"{why}. Nor can any other in {log_dir} be used")
     return None, None
@@ -849,13 +944,33 @@ def open_log(folder, start):
         for file in earlier:
             file.rename(aside / file.name)
         print0(f"{folder} held an earlier run: it is in {aside} now")
-    rows = path.read_text().splitlines(True) if path.exists() else []
+    rows = path.read_text("utf-8", errors="replace") if path.exists() else ""
     # Rows that are whole, STEP STREAM VALUE.
-    rows = [row for row in rows
-            if re.fullmatch(r"\d+ \w+ \S+\n", row) and int(row.split()[0]) < start]
+    rows = [row for row in rows.splitlines(True)
+            if re.fullmatch("[0-9]{1,9} [a-z]+ -?[0-9.]+\n", row) and int(row.split()[0]) < start]
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(rows))
-    return open(beside.replace(path), "a", buffering=1)  # a line at a time
+    beside.write_text("".join(rows), "utf-8")
+    return open(beside.replace(path), "a", 1, "utf-8")  # 1: a line at a time
+
+@contextlib.contextmanager
+def only_run_in(folder, machine):
+    """Two runs in one folder would spoil each other: the second is refused. The lock is gone when
+    the first process is, whatever ended it."""
+    lock = filelock.FileLock(Path(folder) / ".lock", timeout=0)
+    taken = False
+    if machine.rank == 0:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            taken = True
+        except NotImplementedError:
+            pass  # this disk has no locks
+    require(not machine.sum(taken), f"another run is at work in {folder}: wait for it, or pass "
+            "another --log_dir")
+    try:
+        yield
+    finally:
+        lock.release()
 
 @dataclass
 class Run:
@@ -871,6 +986,7 @@ class Run:
     signals: int = 0
     board: object = None
     stopping: bool = False
+    left_out: int = 0
 
     def begin(self):
         """Go on from the checkpoint that cfg names, or begin; returns the step."""
@@ -883,15 +999,8 @@ class Run:
         loader.batch(loader.position, loader.B)
         require(machine.sum(start) == start * machine.world_size, "the processes find different "
                 f"checkpoints in {self.folder}: put it on a disk that all machines share")
-        why = ""
-        if cfg.wandb and machine.rank == 0:
-            try:
-                import wandb
-                self.board = wandb.init(project="gpt2", dir=cfg.log_dir, config=vars(cfg))
-            except Exception as e:  # it is not installed, there is no key, no network
-                why = f"{e!s} ".splitlines()[0].strip() or type(e).__name__
-        require(not machine.sum(bool(why)), f"--wandb: {why or 'see the first process'}: pip "
-                "install wandb, then wandb login, or WANDB_MODE=offline, or --no-wandb")
+        why = self.open_board() if cfg.wandb and machine.rank == 0 else ""
+        require(not machine.sum(bool(why)), why or "--wandb: the first process says why")
         self.rows = open_log(self.folder, start) if machine.rank == 0 else open(os.devnull, "w")
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.on_signal)
@@ -904,27 +1013,44 @@ class Run:
         self.items = self.load_hellaswag()
         return start
 
+    def open_board(self):
+        try:
+            import wandb
+            self.board = wandb.init(project="gpt2", dir=self.cfg.log_dir, config=vars(self.cfg))
+            return ""
+        except Exception as e:  # it is not installed, there is no key, no network
+            return (f"--wandb: {one_line(e)}: pip install wandb, then wandb login, or "
+                    "WANDB_MODE=offline, or --no-wandb")
+
     def restore(self):
         """Everything as it was when the checkpoint was saved; returns its step. The file was read
         for the weights already, but to keep all of it in memory until now would be too much."""
         dcp, whole = state_dicts()
-        state = load_checkpoint(Path(self.cfg.init_from))
+        cfg = self.cfg
+        state = load_checkpoint(Path(cfg.init_from))
         # But the highest rate and the weight decay are what cfg says now.
         now = dcp.get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
         for group, asked in zip(state["optimizer"]["param_groups"], now, strict=True):
             group.update(max_lr=asked["max_lr"], weight_decay=asked["weight_decay"])
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=whole)
+        step = state["step"]
+        if state["data"] != self.loader.windows.fingerprint():
+            warn(f"{cfg.data} is not what this run has been trained on so far")
+        before = lr_factor(step, TrainConfig(**state["config"]))
+        if lr_factor(step, cfg) != before:
+            warn(f"with these flags the learning rate goes on at {lr_factor(step, cfg):.0%} of the "
+                 f"highest, not at {before:.0%}")
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.loader.position = state["position"]
         self.best = state["best"]
         torch.set_rng_state(state["rng"])
-        return state["step"]
+        return step
 
     def log(self, step, stream, value, report):
         """A row of log.txt, and a line on the screen; of the steps one in log_every, and the
         last."""
-        self.check_finite(step, value, 0.0)
+        self.check_finite(step, value)
         if stream != "train" or due(step, self.cfg.log_every, step + 1 == self.cfg.max_steps):
             print0(f"step {step:5d} | {report}")
         self.rows.write(f"{step} {stream} {value:.6f}\n")
@@ -968,7 +1094,11 @@ class Run:
         place of a good one."""
         x, y = self.machine.send(self.loader.batch(self.loader.position, 1))
         with self.machine.autocast():
-            self.check_finite(step, self.model(x, y).item(), 0.0)
+            self.check_finite(step, self.model(x, y).item())
+
+    def is_best(self, step, val_loss):
+        """Is there no better checkpoint? Then it is saved right now, if any are wanted."""
+        return self.cfg.save_every > 0 and val_loss < self.best[0]
 
     def save(self, step, val_loss=math.inf):
         """Write a checkpoint, then delete those that are too old. The best one is kept."""
@@ -989,6 +1119,7 @@ class Run:
             "position": loader.position - loader.B * loader.world_size,
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "data": loader.windows.fingerprint(),
         }
         if self.machine.rank == 0:
             if model.lm_head.weight is model.transformer.wte.weight:
@@ -1000,17 +1131,20 @@ class Run:
             for old in [s for s in kept if s <= step and s != self.best[1]][:-self.cfg.keep]:
                 kept[old].unlink()
 
-    def check_finite(self, step, loss, norm):
+    def check_finite(self, step, loss, norm=None):
         """End a run that has no numbers any more: nothing after that would be worth saving."""
-        # float16 may overflow once in a while; its scaler leaves out that step.
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        if norm is not None:
+            self.left_out = 0 if math.isfinite(norm) else self.left_out + 1
+        # float16 may overflow now and then, and its scaler leaves out the step. But not ten.
+        allowed = 9 if self.scaler.is_enabled() else 0
+        if math.isfinite(loss) and self.left_out <= allowed:
             return
         again = "Begin again with"
         good = list(checkpoints(self.folder))
         if good:
             again = f"The checkpoint of step {good[-1]} is good: go on from it with --resume and"
-        sys.exit(f"step {step}: loss {loss}, gradient norm {norm}; not saved. {again} a lower "
-                 "--max_lr, or with --dtype float32")
+        raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; not saved. {again} a "
+                       "lower --max_lr, or with --dtype float32")
 
     def on_signal(self, signum, frame):
         """The first Ctrl-C or SIGTERM ends the run after its step, the second at once. Under
@@ -1045,14 +1179,18 @@ def from_pretrained(name):
     # Our own line says what is wrong.
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error",
                       HF_HUB_DISABLE_PROGRESS_BARS="1")
-    from transformers import GPT2Config, GPT2LMHeadModel
-    known = list(SIZES)[1:]
-    require(name in known or Path(name).is_dir(),
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+    logging.disable_progress_bar()
+    known = [*list(SIZES)[1:], "distilgpt2"]
+    folder = Path(name)
+    require(folder.is_dir() or name.removeprefix("openai-community/") in known,
             f"'{name}' is neither a folder nor a GPT-2: {', '.join(known)}")
+    require(not (folder / "adapter_config.json").exists(), f"{name} is an adapter, not a model: "
+            "merge it first, with peft's merge_and_unload() and save_pretrained()")
     try:
         theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except Exception as e:  # whatever the Hub, the disk or a broken file may raise
-        why = f"{e!s} ".splitlines()[0]
+        why = one_line(e)[:200]
         raise UserError(f"cannot load {name} (no network? files missing?): {why}") from None
     c = theirs.config
     fixed = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner",
@@ -1062,6 +1200,7 @@ def from_pretrained(name):
     require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
     model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
     weights = theirs.state_dict()
+    require(all_finite(weights), f"{name} has weights that are no numbers (nan, inf)")
     # By our names: theirs may have buffers besides, which do not matter.
     for key, p in model.named_parameters():
         w = weights[key].t() if key.endswith(TRANSPOSED) else weights[key]
@@ -1073,7 +1212,9 @@ def export(model, enc, path, note):
     """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name.
     Raises UserError if there is something at path already."""
     require(not path.exists(), f"--export {path} exists: choose another folder")
-    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import (GenerationConfig, GPT2Config, GPT2LMHeadModel,
+                              PreTrainedTokenizerFast, logging)
+    logging.disable_progress_bar()
     from transformers.convert_slow_tokenizer import TikTokenConverter
     c = model.config
     # Hugging Face has three names for what is one token here.
@@ -1094,20 +1235,27 @@ def export(model, enc, path, note):
     converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
     converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks  # and not from a file
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), model_max_length=c.block_size,
+        tokenizer_object=converter.converted(), model_max_length=c.block_size, padding_side="left",
         **{f"{name}_token": "<|endoftext|>" for name in names})
-    beside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    card = ("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n"
+            f"By train_gpt2.py: {num_params(model) / 1e6:.1f} M parameters, {note}\n")
     try:
-        beside.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"cannot write --export {path}: {e.strerror}") from None
-    theirs.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text(
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n"
-        f"By train_gpt2.py: {num_params(model) / 1e6:.1f} M parameters, {note}\n")
-    beside.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of a name that nobody has, and that is gone in any case.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="export_") as folder:
+            beside = Path(folder, path.name)
+            theirs.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            (beside / "README.md").write_text(card, "utf-8")
+            # Version 5 of transformers writes a class that version 4 does not have.
+            settings = beside / "tokenizer_config.json"
+            settings.write_text(settings.read_text("utf-8").replace(
+                "TokenizersBackend", "PreTrainedTokenizerFast"), "utf-8")
+            for file in beside.iterdir():
+                file.chmod(0o644)  # for all to read
+            beside.rename(path)
+    except Exception as e:  # whatever the libraries and the disk may raise
+        raise UserError(f"cannot write --export {path}: {one_line(e)}") from None
     print0(f"exported to {path}")
 
 def print_banner(cfg, model, machine):
@@ -1130,13 +1278,14 @@ def look(cfg, model, enc, machine):
         return
     swap_classes(model.to(machine.device), faster_classes(cfg))
     if cfg.eval_only:
-        _, val_shards = open_data(cfg.data, enc)
+        _, val_shards = open_data(cfg.data, enc, cfg.separator)
         loader = DataLoaderLite(val_shards, 1, cfg.seq_len, enc.n_vocab, f"{cfg.data} (val)")
         _, report = evaluate(model, loader, machine.sequences(cfg), cfg.val_tokens, enc, machine)
         print0(report)
         return
     prompt = cfg.prompt
     if prompt == "-":
+        require(sys.stdin, "--prompt -: there is no stdin to read")
         prompt = sys.stdin.buffer.read().decode(errors="replace")
     for i in range(cfg.num_samples):
         print0("-" * 80 + "\n" if i else "", prompt, sep="", end="", flush=True)
@@ -1156,6 +1305,7 @@ class TrainConfig:
     machine decides.
 
     data             folder of *train* and *val* shards (.npy, .bin), or a text file
+    separator        in a text: what stands between documents (nothing)
     tokenizer        gpt2 for shards and for GPT-2's weights, byte for a text
     model            size: demo for a text, gpt2 for shards; or gpt2-medium, gpt2-large, gpt2-xl
     n_layer          override the model's depth
@@ -1199,6 +1349,7 @@ class TrainConfig:
     wandb            send what log.txt gets to Weights & Biases as well
     """
     data: str = None
+    separator: str = None
     tokenizer: str = None
     model: str = None
     n_layer: int = None
@@ -1339,8 +1490,12 @@ def check_and_share(cfg, looking):
                 f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
         require(cfg.parallel == "ddp" or "RANK" in os.environ, "--parallel fsdp needs torchrun")
         require(cfg.total_batch_size % one_pass == 0, f"--total_batch_size {cfg.total_batch_size}: "
-                f"must be a multiple of batch_size * seq_len * processes={one_pass}")
+                f"must be a multiple of batch_size * seq_len * processes={one_pass}; --batch_size "
+                "may be another, too")
         try_folder(Path(cfg.log_dir))
+        if cfg.init_from == "scratch" and cfg.seq_len < cfg.block_size:
+            warn(f"no sequence is longer than seq_len={cfg.seq_len}: positions after that, up to "
+                 f"block_size={cfg.block_size}, are not trained")
 
 def looks(cfg):
     """Is it not to be trained?"""
@@ -1398,31 +1553,45 @@ def check_values(cfg):
 # --------------------------------------------------------------------------------------------------
 # 14. main
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
-# What the system says of a disk that is full or broken, or may not be written to.
+# What the user can mend, by a word in the message.
+REMEDIES = {"out of memory|can't allocate memory": "lower --batch_size, which changes no result",
+            "[Cc](\\+\\+)? compiler": "install one, such as g++, or pass --no-compile"}
+# What the system says of a disk that is full or broken, or may not be written to; and of a path.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 @contextlib.contextmanager
 def exit_codes(program, *user_errors):
     """What a user did or can mend ends the program with one line, and with 2 if it cannot be done
     as asked, 1 if it failed while running. A fault of the program's own keeps its traceback."""
+    # Where a stream is closed, Python has None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     # A console that lacks a character shows "?"; each line is there at once.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         yield
     except (UserError, *user_errors) as e:
-        print(f"{program}: {e}", file=sys.stderr)
+        print(f"{program}: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
+    except RunError as e:
+        sys.exit(one_line(e))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (OSError, RuntimeError) as e:
+        number = getattr(e, "errno", None)
         gone = isinstance(e, BrokenPipeError)  # as in `| head`: nobody reads on
-        if gone or getattr(e, "errno", None) in DISK_ERRORS:
+        if gone or number in DISK_ERRORS:
             # Python writes what is left as it leaves: into nothing now, or it would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1 if gone else f"{program}: {e}. Checkpoints already written are whole")
-        if OUT_OF_MEMORY.search(str(e)):
-            sys.exit(f"{program}: out of memory: lower --batch_size, which changes no result")
+            sys.exit(1 if gone else f"{program}: {one_line(e)}. Checkpoints already written are "
+                     "whole")
+        if number in PATH_ERRORS:
+            print(f"{program}: cannot use {one_line(e.filename)}: {e.strerror}", file=sys.stderr)
+            sys.exit(2)
+        for words, remedy in REMEDIES.items():
+            if re.search(words, str(e)):
+                sys.exit(f"{program}: {one_line(e)[:200]}: {remedy}")
         raise
     finally:
         if dist.is_initialized():
@@ -1455,6 +1624,7 @@ def main():
         default = "" if f.default is None else f" ({f.default})"
         group.add_argument(f"--{f.name}", help=help_of.get(f.name, "") + default, **kind)
     with exit_codes("train_gpt2.py"):
+        check_torchrun()
         cfg, model = configure(vars(parser.parse_args()))
         machine = Machine(cfg)
         machine.meet()
@@ -1463,13 +1633,15 @@ def main():
         if model is None:
             shape = GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
             model = GPT(shape)
-        require(model.config.vocab_size == enc.n_vocab,
-                f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}")
+        require(model.config.vocab_size == enc.n_vocab, f"{cfg.init_from} knows "
+                f"{model.config.vocab_size} tokens, and the tokenizer {cfg.tokenizer} has "
+                f"{enc.n_vocab}: see --tokenizer")
         if looks(cfg):
             look(cfg, model, enc, machine)
         else:
-            print_banner(cfg, model, machine)
-            train(cfg, model, enc, machine)
+            with only_run_in(cfg.log_dir, machine):
+                print_banner(cfg, model, machine)
+                train(cfg, model, enc, machine)
 
 # ==================================================================================================
 # PART IV: SINCE GPT-2

@@ -101,14 +101,14 @@ def same(a, b, where="state"):
 
 def assert_same_run(a, b):
     """The same log, the same checkpoints, and no other files."""
-    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    assert sorted(files(a)) == sorted(files(b))
     assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
     for path in a.glob("model_*.pt"):
         same(*(torch.load(d / path.name, weights_only=True) for d in (a, b)))
 
 
 def files(log_dir):
-    return {path.name: path.read_bytes() for path in log_dir.iterdir()}
+    return {path.name: path.read_bytes() for path in log_dir.iterdir() if path.name != ".lock"}
 
 
 def saved(log_dir):
