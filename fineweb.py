@@ -1,247 +1,575 @@
+"""Text into token shards, once, so that training reads numbers and nothing else.
+
+    python fineweb.py                      FineWeb-Edu's 10 B token sample into edu_fineweb10B/
+    python fineweb.py --streaming          the same without a copy of the raw text on disk
+    python fineweb.py --max_tokens 1e9     the first tenth of it
+    python fineweb.py --verify             are the shards still what was written?
+    python fineweb.py --files "my/*.jsonl.gz" --out_dir my_shards --shard_size 1e6
+                                           your own text
+    python fineweb.py --files my.txt --separator "<|endoftext|>" --out_dir my_shards
+                                           a text of many documents
+    python fineweb.py --dataset wikimedia/wikipedia --name 20231101.de --out_dir wiki_de
+                                           any text data set of the Hub
+
+A shard is a .npy file of uint16: for each document <|endoftext|> and its tokens, one document after
+the other, cut every --shard_size tokens. The first shard is the validation split. A run that was
+stopped or killed goes on after its last complete shard when the same command is given again, and
+ends with the same bytes. Local files are parquet, JSON lines (.jsonl, .json), both with the text
+under --text_key, or .txt, each of which is one document, or several with --separator; .gz and .zst
+are unpacked. Exit codes: 0 done, or stopped; 1 failed while running; 2 cannot be done as asked.
+
+FineWeb-Edu: Penedo et al. 2024 (arXiv:2406.17557),
+huggingface.co/datasets/HuggingFaceFW/fineweb-edu.
 """
-Text into token shards, once, so that training reads numbers and nothing else.
-
-    python fineweb.py                                       FineWeb-Edu's 10 B token sample into edu_fineweb10B/
-    python fineweb.py --streaming                           the same without a copy of the raw text on disk
-    python fineweb.py --max_tokens 1e9                      the first tenth of it
-    python fineweb.py --files "my/*.jsonl.gz" --out_dir my_shards --shard_size 1e6         your own text
-    python fineweb.py --dataset wikimedia/wikipedia --name 20231101.de --out_dir wiki_de   any text data set of the Hub
-    python fineweb.py --verify                              are the shards still what was written?
-
-A shard is a .npy file of uint16: for each document <|endoftext|> and its tokens, one document after the other, cut
-every --shard_size tokens. The first shard is the validation split. A run that was stopped or killed goes on after its
-last complete shard when the same command is given again, and ends with the same bytes. Local files are parquet, JSON
-lines (.jsonl, .json), both with the text under --text_key, or .txt, each of which is one document; .gz and .zst are
-unpacked. Exit codes: 0 done, or stopped; 1 failed while running; 2 cannot be done as asked.
-
-FineWeb-Edu: Penedo et al. 2024 (arXiv:2406.17557), huggingface.co/datasets/HuggingFaceFW/fineweb-edu.
-"""
-import argparse, collections, contextlib, glob, hashlib, io, itertools, json, multiprocessing
-import os, re, shutil, signal, sys, threading
+import argparse
+import contextlib
+import glob
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 # Nothing comes from train_gpt2.py: with it, PyTorch would come into every worker process.
 class UserError(ValueError):
-    """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits with 2."""
+    """What the user asked for cannot be. main() prints it as one line, with the remedy, and exits
+    with its code."""
+    code = 2
+
+class Failure(UserError):
+    """It could be, but something broke while running."""
+    code = 1
 
 def require(condition, message):
     """An assert about what the user asked for: raises UserError, also under `python -O`."""
     if not condition:
         raise UserError(message)
 
-# Reading --------------------------------------------------------------------------------------------------------------
-# One process reads for all, so it does as little as it can: it hands on rows of parquet, lines of JSON and pieces of
-# .txt as they are, in chunks.
-CHUNK = 1_000_000          # bytes of text, about: some 80 ms of work for one process
+# --------------------------------------------------------------------------------------------------
+# 1. From text to shards
+# One process reads, many tokenize, and the first one writes what they hand back.
+
+def make_shards(args):
+    """Make the shards that args ask for, or what is missing of them. Raises UserError, OSError."""
+    out_dir = Path(args.out_dir)
+    files = find_files(args.files or [], out_dir)
+    require(not args.separator or ".txt" in map(kind, files), "--separator is for .txt of --files")
+    with alone_in(out_dir):
+        manifest = open_manifest(out_dir, arguments(args, files))
+        shards = manifest["shards"]
+        before = count_tokens(shards)
+        so_far = f"{len(shards)} shards, {before:,} tokens"
+        if manifest["complete"]:
+            print(f"{out_dir} is complete: {so_far} (--verify checks them)")
+            return
+        with about("no GPT-2 vocabulary to be had", "Connect to the network once, or point "
+                   "TIKTOKEN_CACHE_DIR to a folder that has it"):
+            tiktoken.get_encoding("gpt2")  # downloads 1.5 MB once, for all processes
+
+        # Records are counted from the first one of the first file. Those of complete shards are
+        # read again, but not tokenized.
+        place = shards[-1] if shards else dict(record=0, token=0)
+        skip = place["record"]
+        if files:
+            text = sum(text_bytes(path, args.text_key) for path in files)
+            total = sum(path.stat().st_size for path in files)
+            chunks = read_files(files, args.text_key, skip, args.separator or "")
+        else:
+            text, total = size_on_hub(args)
+            chunks = read_hub(args, skip)
+        # English has 4.5 bytes a token; other languages have fewer.
+        expected = max(min(int(text / 4.5), args.max_tokens or sys.maxsize), before)
+        check_room(out_dir, 2 * (expected - before))
+        if shards:
+            print(f"going on after {so_far}")
+        source = f"{len(files)} files" if files else args.dataset
+        print(f"{source} -> {out_dir} with {args.num_proc} processes", flush=True)
+
+        bar = tqdm(total=expected or None, initial=before, unit=" tokens", unit_scale=True,
+                   disable=None)
+        with bar, workers(args.num_proc) as pool:
+            # Each worker has something to do while the next chunks are read.
+            results = tokenized(pool, args.text_key, chunks, 4 * args.num_proc)
+            try:
+                write_shards(out_dir, manifest, place, results, bar, total)
+            except OSError as e:
+                raise Failure(f"{e}. Complete shards are kept: once that is mended, the same "
+                              "command goes on") from None
+    print(f"{out_dir}: {len(shards)} shards, {count_tokens(shards):,} tokens")
+    if len(shards) == 1:
+        print("All of it is in the validation split: for training too, lower --shard_size")
+
+def tokenize(key, chunk):
+    """The tokens of a chunk, (n,) uint16. A document begins with <|endoftext|>; in its text, that
+    is text like any other. Raises UserError."""
+    enc = tiktoken.get_encoding("gpt2")  # kept by tiktoken after the first time
+    parts = [[]]
+    records = chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()
+    for n, record in enumerate(records):
+        text = text_of(record, key, f"{chunk.where} {chunk.number + n}")
+        if text is not None:
+            if n or chunk.begins:
+                parts.append([enc.eot_token])
+            parts.append(encode(enc, text))
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+
+# Before the last blank of several: there one of GPT-2's words ends, as the last one belongs to what
+# comes after. To tiktoken, 1C to 1F are no blanks.
+LAST_BLANK = re.compile(r"(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+
+def encode(enc, text):
+    """The tokens of a text, (n,) uint32: those of enc.encode_ordinary(text), but without a Python
+    integer for each, and however many blanks there are in a row."""
+    # Half of a surrogate pair is no character. As in encode_ordinary(), U+FFFD takes its place.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        return enc.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        # In a million blanks before a word, tiktoken's regular expression goes back too far. It
+        # has no need to where they are the end of a text.
+        pieces = LAST_BLANK.split(text)
+        return np.concatenate([enc.encode_to_numpy(p, disallowed_special=()) for p in pieces])
+
+HEADER = 128  # bytes before the first token in a .npy file, however many tokens
+
+def write_shards(out_dir, manifest, place, results, bar, total):
+    """Write tokens into shards, and into the manifest where each one ends: it has the first `token`
+    tokens from record number `record` on, and all before. place is where the last one ends; total
+    is how far the reading gets in the end, 0 if unknown. Raises UserError, OSError."""
+    size = manifest["shard_size"]
+    shards = manifest["shards"]
+    most = manifest["max_tokens"] or sys.maxsize
+    position = count_tokens(shards)  # in the row of all tokens
+    record = place["record"]
+    begin = place["token"]
+    for records, done, tokens in results:
+        while begin < len(tokens) and position < most:
+            if position % size == 0:
+                f = open(out_dir / UNFINISHED, "wb")
+                f.seek(HEADER)
+            n = min(size - position % size, most - position, len(tokens) - begin)
+            f.write(tokens[begin:begin + n])
+            begin += n
+            position += n
+            bar.update(n)
+            if position % size == 0:
+                finish(f, out_dir, manifest, size, record, begin)
+        if position == most:
+            break
+        begin = max(begin - len(tokens), 0)
+        record += records
+        if total and done:
+            bar.total = min(position * total // done, most)
+    if position % size:
+        finish(f, out_dir, manifest, position % size, record, begin)
+    bar.total = bar.n
+    require(shards, "no document in there")
+    manifest["complete"] = True
+    save_manifest(out_dir, manifest)
+
+def finish(f, out_dir, manifest, tokens, record, token):
+    """A shard has all its tokens: to disk with it, and into the manifest."""
+    shards = manifest["shards"]
+    name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+    f.seek(0)
+    np.lib.format.write_array_header_1_0(
+        f, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    # If a kill comes between these two, there is a manifest that says whose shard it is.
+    save_manifest(out_dir, manifest)
+    to_disk(f, out_dir / name)
+    shards.append(dict(file=name, tokens=tokens, sha256=sha256(out_dir / name), record=record,
+                       token=token))
+    save_manifest(out_dir, manifest)
+
+def count_tokens(shards):
+    """How many tokens there are in all of them."""
+    return sum(shard["tokens"] for shard in shards)
+
+# --------------------------------------------------------------------------------------------------
+# 2. Reading files
+# One process reads for all, so it does as little as it can: it hands on rows of parquet, lines of
+# JSON and pieces of .txt as they are, in chunks.
+
+CHUNK = 1_000_000  # bytes of text, about: some 80 ms of work for one process
 
 class Chunk(NamedTuple):
     """What one process tokenizes at a time."""
-    records: list          # rows (an Arrow array), lines of JSON (bytes), or one piece of a .txt (str)
-    where: str             # what a message calls the first of them: this, and its number
+    records: list  # rows (an Arrow array), lines of JSON (bytes), or pieces of a .txt (str)
+    where: str  # what a message calls the first of them: this, and its number
     number: int
-    begins: bool           # each record is a document; False: a further piece of the one before
-    done: int              # how far the reading is: bytes of all files, or documents of the Hub
+    begins: bool  # each record is a document; False: the first one goes on with the one before
+    done: int  # how far the reading is: bytes of all files, or documents of the Hub
 
-# Between anything and the space or line's end after it, one of GPT-2's words ends: a word may begin with a space, but
-# it has none inside. This finds the last such place.
-CUT = re.compile(r"(?s).*\S(?=[ \n])")
+def read_files(files, key, skip, separator=""):
+    """Chunks of local files, in order, from the skip-th record on. Raises UserError if a file is
+    not what it should be."""
+    before = 0
+    for path in files:
+        number = 1
+        with reading(path), open(path, "rb") as raw:
+            for what, records, begins in READERS[kind(path)](raw, key, separator):
+                if skip < len(records):
+                    yield Chunk(records[skip:], f"{path}, {what}", number + skip,
+                                begins or skip > 0, before + raw.tell())
+                number += len(records)
+                skip = max(skip - len(records), 0)
+        before += path.stat().st_size
 
-@contextlib.contextmanager
-def unpacked(path):
-    """A binary file, unpacked if its name says so, and a function that tells how many of its bytes have been read."""
-    with open(path, "rb") as raw:
-        if how := {".gz": "gzip", ".zst": "zstd"}.get(path.suffix):
-            import pyarrow
-            yield io.BufferedReader(pyarrow.CompressedInputStream(raw, how), 2**20), raw.tell
-        else:
-            yield raw, raw.tell
+# A reader is given a file, the key and the separator. It yields what one record is called, some
+# records, and whether the first of them begins a document.
+def read_json_lines(raw, key, separator):
+    file = unpacked(raw)
+    while lines := file.readlines(CHUNK):
+        yield "line", lines, True
+
+# Between anything and the space or line's end after it, one of GPT-2's words ends: a word may begin
+# with a space, but it has none inside. This finds all up to the last such place.
+CUT = re.compile(r"(?s)(.*\S(?=[ \n]))?")
+
+def read_txt(raw, key, separator):
+    """One document, or what stands between separators. A long one is cut where a word ends anyway:
+    the tokens stay the same, and many processes share the work. Lines end with \\n, as whenever
+    Python reads text, and a byte order mark is none of it."""
+    text = io.TextIOWrapper(unpacked(raw), encoding="utf-8-sig")
+    rest = ""
+    begins = True
+    while block := text.read(CHUNK):
+        rest += block
+        ended = []
+        if separator:
+            *ended, rest = rest.split(separator)
+        # At the end of rest, a separator may have begun.
+        head = CUT.match(rest, 0, len(rest) - len(separator) + 1)[0]
+        rest = rest[len(head):]
+        if records := [piece for piece in (*ended, head) if piece]:
+            yield "piece", records, begins
+        if ended or head:
+            begins = not head
+    if rest or not separator:
+        yield "piece", [rest], begins
+
+def read_parquet(raw, key, separator):
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+    names = file.schema_arrow.names
+    require(key in names, f"{raw.name} has no column '{key}': --text_key can be {', '.join(names)}")
+    columns = (batch.column(0) for batch in file.iter_batches(16, columns=[key]))
+    for rows in arrow_chunks(columns, f"{raw.name}, {key}"):
+        yield "row", rows, True
+
+READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".json": read_json_lines,
+           ".txt": read_txt}
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 def arrow_chunks(arrays, where):
-    """Join short Arrow arrays to arrays of about CHUNK bytes. Raises UserError if they are not text."""
+    """Join short Arrow arrays to arrays of about CHUNK bytes. Raises UserError if they are not
+    text."""
     import pyarrow
-    waiting, size = [], 0
+    waiting = []
+    size = 0
     for array in arrays:
-        require(re.fullmatch(r"null|(large_)?string(_view)?|dictionary<values=(large_)?string,.*", str(array.type)),
+        require(re.fullmatch(r"null|(large_)?string(_view)?|dictionary<values=(large_)?string,.*",
+                             str(array.type)),
                 f"{where}: it is no text, but of type {array.type}: see --text_key")
-        array = array.cast(pyarrow.large_string())   # a copy of these rows alone, whatever they were a part of
-        array.validate(full=True)                    # is it UTF-8?
-        waiting, size = waiting + [array], size + array.nbytes
+        # A copy of these rows alone, whatever they were a part of.
+        array = array.cast(pyarrow.large_string())
+        array.validate(full=True)  # is it UTF-8?
+        waiting.append(array)
+        size += array.nbytes
         if size >= CHUNK:
             yield pyarrow.concat_arrays(waiting)
-            waiting, size = [], 0
+            waiting = []
+            size = 0
     if waiting:
         yield pyarrow.concat_arrays(waiting)
 
-def read_parquet(path, key):
-    import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-        names, total, row = file.schema_arrow.names, file.metadata.num_rows, 0
-        require(key in names, f"{path} has no column '{key}': --text_key can be {', '.join(names)}")
-        for rows in arrow_chunks((batch.column(0) for batch in file.iter_batches(16, columns=[key])), f"{path}, {key}"):
-            done = path.stat().st_size * (row + len(rows)) // total
-            yield Chunk(rows, f"{path}, row", row + 1, True, done)
-            row += len(rows)
+def unpacked(raw):
+    """The same file, unpacked if its name says so."""
+    how = PACKED.get(Path(raw.name).suffix)
+    if not how:
+        return raw
+    import pyarrow
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, how), 2**20)
 
-def read_json_lines(path, key):
-    with unpacked(path) as (file, read_so_far):
-        number = 1
-        while lines := file.readlines(CHUNK):
-            yield Chunk(lines, f"{path}, line", number, True, read_so_far())
-            number += len(lines)
-
-def read_txt(path, key):
-    """One document. A long one is cut where a word ends anyway: the tokens stay the same, and many processes share the
-    work. Lines end with \\n, as whenever Python reads text."""
-    with unpacked(path) as (file, read_so_far):
-        text, rest, begins = io.TextIOWrapper(file, encoding="utf-8"), "", True
-        while block := text.read(CHUNK):
-            rest += block
-            if cut := CUT.match(rest, max(len(rest) - len(block) - 1, 0)):  # only the new block can have such a place
-                yield Chunk([rest[:cut.end()]], str(path), 1, begins, read_so_far())
-                rest, begins = rest[cut.end():], False
-        yield Chunk([rest], str(path), 1, begins, read_so_far())
-
-READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".json": read_json_lines, ".txt": read_txt}
+def reading(path):
+    """Any exception in here is about this file."""
+    return about(f"cannot read {path}", "Is it cut short, or of another kind?")
 
 @contextlib.contextmanager
-def reading(path):
-    """Any error in here is about this file."""
+def about(what, remedy, error=UserError):
+    """Any exception in here becomes an error that says what it is about, and the remedy."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as e:  # pyarrow's are of these kinds, and so is a wrong encoding
-        raise UserError(f"cannot read {path}: {reason(e)}. Is it cut short, or of another kind?") from None
-
-def read_files(files, key, skip):
-    """Chunks of local files, in order, from the skip-th record on. Raises UserError if a file is not what it should."""
-    before = 0
-    for path in files:
-        with reading(path):
-            for chunk in READERS[kind(path)](path, key):
-                if skip < len(chunk.records):
-                    yield chunk._replace(records=chunk.records[skip:], number=chunk.number + skip,
-                                         done=before + chunk.done)
-                skip = max(skip - len(chunk.records), 0)
-        before += path.stat().st_size
-
-def kind(path):
-    """The suffix that says what is in a file: .txt for a.txt.gz."""
-    return (Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix).lower()
-
-def find_files(patterns, out_dir):
-    """The files that names or glob patterns stand for, each once, pattern by pattern in order of name; none of out_dir.
-    Raises UserError."""
-    files = {}
-    for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        found = [p for p in map(Path, found) if p.is_file() and out_dir.resolve() not in p.resolve().parents]
-        require(found, f"--files {pattern}: no such file (a folder? name its files: \"{Path(pattern) / '*.parquet'}\")")
-        for path in found:
-            files.setdefault(path.resolve(), path)
-    files = list(files.values())
-    for path in files:
-        require(kind(path) in READERS and (kind(path) == path.suffix or kind(path) != ".parquet"),
-                f"{path} is neither .parquet nor .jsonl, .json or .txt (these also with .gz or .zst)")
-    return files
-
-def text_bytes(files, key):
-    """About how many bytes of text there are in local files."""
-    total = 0
-    for path in files:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-            with reading(path):
-                meta = pyarrow.parquet.read_metadata(path)
-            for group in map(meta.row_group, range(meta.num_row_groups)):
-                total += sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)
-                             if group.column(i).path_in_schema == key)
-        else:
-            total += path.stat().st_size * (3 if path.suffix in (".gz", ".zst") else 1)
-    return total
-
-def hub(load, args, **kwargs):
-    """What a function of `datasets` loads of the data set asked for. That library downloads, tries again after a broken
-    connection or too many requests (429), waiting longer each time, and keeps what it has. Raises UserError."""
-    try:
-        return load(args.dataset, args.name, **kwargs)
-    except Exception as e:  # there is no end to what a network, the Hub and a data set's own files may raise
-        raise UserError(f"cannot load {args.dataset}: {reason(e)}. Are --name and --split right? Without a network, "
-                        f"--files takes local files") from None
-
-def reason(e):
-    return next(iter(str(e).splitlines()), "") or type(e).__name__
-
-def read_hub(args, skip):
-    """Chunks of a data set of the Hub, or of a folder that is like one, from the skip-th document on."""
-    import datasets
-    how = dict(streaming=True) if args.streaming else dict(num_proc=args.num_proc)
-    data = hub(datasets.load_dataset, args, split=args.split, **how)
-    names = data.column_names or list(hub(lambda *_: next(iter(data), {}), args))
-    require(args.text_key in names, f"{args.dataset} has no '{args.text_key}': --text_key can be {', '.join(names)}")
-    batches, done = data.select_columns([args.text_key]).with_format("arrow").skip(skip).iter(16), skip
-    arrays = (batch[args.text_key].combine_chunks() for batch in batches)
-    chunks = arrow_chunks(arrays, f"{args.dataset}, {args.text_key}")
-    while True:
-        try:
-            rows = next(chunks, None)
-        except UserError:
-            raise
-        except Exception as e:
-            sys.exit(f"fineweb.py: {args.dataset} broke off: {reason(e)}. The same command goes on where it was")
-        if rows is None:
-            return
-        done += len(rows)
-        yield Chunk(rows, f"{args.dataset}, document", done - len(rows) + 1, True, done)
-
-# Tokenizing -----------------------------------------------------------------------------------------------------------
-def start_worker():
-    """Ctrl-C is the parent's to handle. When that ends, for whatever reason, a thread that waits for it ends this."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
+    # There is no end to what a broken file, a network and a data set's own files may raise.
+    except Exception as e:
+        why = f"{e} ".splitlines()[0].strip() or type(e).__name__
+        raise error(f"{what}: {why}. {remedy}") from None
 
 def text_of(record, key, where):
     """The text of a record, "" if it has none; None for an empty line. Raises UserError."""
     if isinstance(record, bytes):
-        if record.isspace():
+        # A byte order mark may begin any line, where files were joined.
+        if not record.removeprefix(b"\xef\xbb\xbf").strip():
             return None
         try:
             record = json.loads(record)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where} is not JSON in UTF-8: {e}. Mend it or leave it out") from None
-        require(isinstance(record, dict), f"{where} is no JSON object, such as {{\"{key}\": \"...\"}}, one a line")
-        require(key in record, f"{where} has no '{key}': --text_key can be {', '.join(record) or 'nothing here'}")
+        require(isinstance(record, dict),
+                f"{where} is no JSON object, such as {{\"{key}\": \"...\"}}, one a line")
+        require(key in record, f"{where} has no '{key}': --text_key can be "
+                f"{', '.join(record) or 'nothing here'}")
         record = record[key]
-    require(record is None or isinstance(record, str), f"{where}: '{key}' is no text but {type(record).__name__}")
+    require(isinstance(record, str | None),
+            f"{where}: '{key}' is no text but {type(record).__name__}")
     return record or ""
 
-def tokenize(key, chunk):
-    """The tokens of a chunk, (n,) uint16, and where in them each record ends, (records,) int64. A document begins with
-    <|endoftext|>; in its text, that is text like any other. Raises UserError."""
-    enc = tiktoken.get_encoding("gpt2")  # kept by tiktoken after the first time
-    eot = np.array([enc.eot_token] if chunk.begins else [], dtype=np.uint32)
-    parts, lengths = [eot[:0]], []
-    for n, record in enumerate(chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()):
-        text, length = text_of(record, key, f"{chunk.where} {chunk.number + n}"), 0
-        if text is not None:
-            try:                         # as encode_ordinary() does it, but without a Python integer for each token
-                tokens = enc.encode_to_numpy(text, disallowed_special=())
-            except UnicodeEncodeError:   # a lone surrogate: that one knows what to do
-                tokens = np.array(enc.encode_ordinary(text), dtype=np.uint32)
-            parts += [eot, tokens]
-            length = len(eot) + len(tokens)
-        lengths.append(length)
-    return np.concatenate(parts).astype(np.uint16), np.cumsum(lengths)
+def find_files(patterns, out_dir):
+    """The files that names or glob patterns stand for, each once, pattern by pattern in order of
+    name; none of out_dir. Raises UserError."""
+    files = {}
+    for pattern in patterns:
+        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in map(Path, names)
+                 if path.is_file() and out_dir.resolve() not in path.resolve().parents]
+        require(found, f"--files {pattern}: no such file that can be read (a folder? name its "
+                f"files: \"{Path(pattern) / '*.parquet'}\")")
+        for path in found:
+            files.setdefault(path.resolve(), path)
+            require(kind(path) in READERS,
+                    f"{path} is neither .parquet nor .jsonl, .json or .txt (these also with .gz or "
+                    ".zst)")
+    return list(files.values())
+
+def kind(path):
+    """The suffix that says what is in a file: .txt for a.txt.gz."""
+    return Path(path.stem if path.suffix in PACKED else path).suffix.lower()
+
+def text_bytes(path, key):
+    """About how many bytes of text there are in a local file."""
+    if path.suffix != ".parquet":
+        return path.stat().st_size * (3 if path.suffix in PACKED else 1)
+    import pyarrow.parquet
+    with reading(path):
+        table = pyarrow.parquet.read_metadata(path)
+    columns = [table.row_group(g).column(c)
+               for g in range(table.num_row_groups) for c in range(table.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == key)
+
+# --------------------------------------------------------------------------------------------------
+# 3. Reading from the Hub
+# `datasets` downloads, tries again after a broken connection or too many requests (429), waiting
+# longer each time, and keeps what it has.
+
+def read_hub(args, skip):
+    """Chunks of a data set of the Hub, or of a folder that is like one, from the skip-th document
+    on. Raises UserError."""
+    import datasets
+    with hub(args):
+        data = datasets.load_dataset(
+            args.dataset, args.name, split=args.split, streaming=args.streaming,
+            num_proc=None if args.streaming else args.num_proc)
+        # A stream may learn its columns from its first document only.
+        names = data.column_names or list(next(iter(data), {}))
+    require(args.text_key in names, f"{args.dataset} has no '{args.text_key}': --text_key can be "
+            f"{', '.join(names)}")
+    with about(f"{args.dataset} broke off", "The same command goes on where it was", Failure):
+        batches = data.select_columns([args.text_key]).with_format("arrow").skip(skip).iter(16)
+        arrays = (batch[args.text_key].combine_chunks() for batch in batches)
+        for rows in arrow_chunks(arrays, f"{args.dataset}, {args.text_key}"):
+            first = skip + 1
+            skip += len(rows)
+            yield Chunk(rows, f"{args.dataset}, document", first, True, skip)
+
+def size_on_hub(args):
+    """How many bytes and documents a split has; 0 where that is unknown. Raises UserError."""
+    import datasets
+    with hub(args):
+        info = datasets.load_dataset_builder(args.dataset, args.name).info
+    split = (info.splits or {}).get(args.split, datasets.SplitInfo())
+    return split.num_bytes or 0, split.num_examples or 0
+
+def hub(args):
+    """Any exception in here is about this data set."""
+    return about(f"cannot load {args.dataset}", "Are --name and --split right? Without a network, "
+                 "--files takes local files")
+
+# --------------------------------------------------------------------------------------------------
+# 4. The folder of the shards
+# Whatever happens to the program, a shard is complete or not there. manifest.json says of what they
+# were made, how many tokens each has and where to go on.
+
+UNFINISHED = "fineweb.npy.tmp"
+
+@contextlib.contextmanager
+def alone_in(out_dir):
+    """In here, no other process makes shards in out_dir. If there is none in the end, and no folder
+    was before, there is none after. Raises UserError, OSError."""
+    made = not out_dir.exists()
+    lock_file = out_dir / "fineweb.lock"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        # The system's lock: it ends with its process, however that ends. The file says nothing.
+        lock = filelock.FileLock(lock_file, timeout=0).acquire()
+    except filelock.Timeout:
+        raise UserError(f"another fineweb.py is at work in {out_dir}: wait for it, or choose "
+                        "another --out_dir") from None
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (out_dir / UNFINISHED).unlink(missing_ok=True)
+                lock_file.unlink()
+                if made:
+                    out_dir.rmdir()  # no more than an empty one
+
+def arguments(args, files):
+    """What decides the shards' bytes. A file is known by its place, size and time of change."""
+    keys = ["text_key", "separator", "shard_size", "max_tokens"]
+    if not files:
+        keys += ["dataset", "name", "split"]
+    known = {key: getattr(args, key) for key in keys}
+    if files:
+        known["files"] = len(files)
+    for n, path in enumerate(files, 1):
+        stat = path.stat()
+        known[f"file {n}"] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return known
+
+def open_manifest(out_dir, known):
+    """The manifest of an earlier run with the same arguments, or a new one. Raises UserError if
+    they were others."""
+    new = dict(known, complete=False, shards=[])
+    there = [p.name for p in out_dir.glob("*") if p.suffix in (".npy", ".bin")]
+    exists = (out_dir / "manifest.json").exists()
+    require(exists or not there, f"{out_dir} has shards of another origin, {there[:1]}: choose "
+            "another --out_dir")
+    manifest = load_manifest(out_dir) if exists else new
+    # Without a shard it is nobody's, whatever it says: of a run that came to nothing.
+    if not there:
+        return new
+    for key, now in known.items():
+        was = manifest.get(key)
+        require(was == now, f"{out_dir} was made with other arguments: {key} was {was}, is {now}: "
+                "choose another --out_dir")
+    # What was deleted is made again, and all after it.
+    def whole(shard):
+        path = out_dir / shard["file"]
+        return path.is_file() and path.stat().st_size == HEADER + 2 * shard["tokens"]
+    shards = list(itertools.takewhile(whole, manifest["shards"]))
+    complete = manifest["complete"] and shards == manifest["shards"]
+    return dict(manifest, complete=complete, shards=shards)
+
+def load_manifest(out_dir):
+    """What save_manifest() saved. Raises UserError."""
+    path = out_dir / "manifest.json"
+    with about(f"cannot read {path}", "Is that where shards were made?"):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        require({"complete", "shards"} <= set(manifest), f"{path} is no manifest of shards")
+    return manifest
+
+def save_manifest(out_dir, manifest):
+    f = open(out_dir / "fineweb.json.tmp", "w", encoding="utf-8")
+    json.dump(manifest, f, indent=1)
+    to_disk(f, out_dir / "manifest.json")
+
+def to_disk(f, path):
+    """Close f, and give it path's name once it is complete on the disk."""
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()
+    os.replace(f.name, path)
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def check_room(out_dir, need):
+    """Is there room for so many bytes more? Raises UserError."""
+    free = shutil.disk_usage(out_dir).free
+    require(need < free, f"{out_dir} needs about {need / 1e9:.2f} GB more, the disk has "
+            f"{free / 1e9:.2f} GB free: make room, or choose another --out_dir or a lower "
+            "--max_tokens")
+
+def verify(out_dir):
+    """Compare the shards with the manifest. Raises UserError."""
+    manifest = load_manifest(out_dir)
+    shards = manifest["shards"]
+    def changed(shard):
+        path = out_dir / shard["file"]
+        return not path.is_file() or sha256(path) != shard["sha256"]
+    bad = [s["file"] for s in tqdm(shards, "verifying", disable=None) if changed(s)]
+    if bad:
+        raise Failure(f"not as written: {', '.join(bad)}. Delete them: the command that made them "
+                      "does so again")
+    print(f"{len(shards)} shards, {count_tokens(shards):,} tokens, all as written")
+    if not manifest["complete"]:
+        print("not complete: the command that made them goes on")
+
+# --------------------------------------------------------------------------------------------------
+# 5. Many processes
+
+def tokenized(pool, key, chunks, ahead):
+    """Of each chunk: how many records it has, how far the reading is, its tokens. They come in
+    order, although the workers finish in any. As many as `ahead` are under way while the caller
+    works."""
+    waiting = []
+    processes = set()
+    for chunk in itertools.chain(chunks, [None]):
+        if chunk:
+            with ctrl_c_later():
+                future = pool.submit(tokenize, key, chunk)
+            waiting.append((len(chunk.records), chunk.done, future))
+            processes.update(multiprocessing.active_children())
+        while len(waiting) > (ahead if chunk else 0):
+            records, done, future = waiting.pop(0)
+            while not future.done():
+                wait([future], timeout=1)
+                # The pool does not notice each such end.
+                if any(p.exitcode is not None for p in processes):
+                    raise BrokenProcessPool
+            yield records, done, future.result()
+
+@contextlib.contextmanager
+def workers(num_proc):
+    """A pool of processes, which end with this one and with what is done in here."""
+    # multiprocessing tidies up after a kill, and need not say so.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
+    # spawn is the same on every system.
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
+    try:
+        yield pool
+    finally:
+        # It waits for the workers, but not where that may never end: see main().
+        pool.shutdown(sys.exc_info()[0] not in (KeyboardInterrupt, BrokenProcessPool),
+                      cancel_futures=True)
+
+def start_worker():
+    """Ctrl-C is the parent's to handle. When that ends, for whatever reason, a thread that waits
+    for it ends this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 @contextlib.contextmanager
 def ctrl_c_later():
@@ -255,185 +583,13 @@ def ctrl_c_later():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def tokenized(pool, key, chunks, ahead):
-    """How far the reading is, tokens and ends of each chunk, in order, although the workers finish in any order. As
-    many as `ahead` are under way while the caller works."""
-    waiting, workers = collections.deque(), set()
-    for chunk in itertools.chain(chunks, [None] * ahead):
-        if chunk is not None:
-            with ctrl_c_later():
-                waiting.append((chunk.done, pool.submit(tokenize, key, chunk)))
-            workers.update(multiprocessing.active_children())
-        if waiting and (chunk is None or len(waiting) > ahead):
-            done, future = waiting.popleft()
-            while not future.done():
-                wait([future], timeout=1)
-                if any(worker.exitcode is not None for worker in workers):  # the pool does not notice each such end
-                    raise BrokenProcessPool
-            yield done, *future.result()
+# --------------------------------------------------------------------------------------------------
+# 6. Command line
 
-# Writing --------------------------------------------------------------------------------------------------------------
-def write_header(f, n):
-    np.lib.format.write_array_header_1_0(f, {"descr": "<u2", "fortran_order": False, "shape": (n,)})
-
-def to_disk(f, path):
-    """Close f, and give it path's name once it is complete on the disk."""
-    f.flush()
-    os.fsync(f.fileno())
-    f.close()
-    os.replace(f.name, path)
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-def save_manifest(out_dir, manifest):
-    f = open(out_dir / "manifest.tmp", "w")
-    json.dump(manifest, f, indent=1)
-    to_disk(f, out_dir / "manifest.json")
-
-def load_manifest(out_dir):
-    try:
-        manifest = json.loads((out_dir / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or not {"complete", "shards"} <= manifest.keys():
-            raise ValueError("no manifest of shards")
-        return manifest
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {out_dir / 'manifest.json'}: {e}. Is that where shards were made?") from None
-
-def open_manifest(out_dir, arguments):
-    """The manifest of an earlier run with the same arguments, or a new one. Raises UserError if they were others."""
-    if not (out_dir / "manifest.json").exists():
-        there = [p.name for p in out_dir.glob("*") if p.suffix in (".npy", ".bin")]
-        require(not there, f"{out_dir} has shards of another origin, {there[:1]}: choose another --out_dir")
-        return {**arguments, "complete": False, "shards": []}
-    manifest = load_manifest(out_dir)
-    for key, now in arguments.items():
-        require(manifest.get(key) == now, f"{out_dir} was made with other arguments: {key} was "
-                f"{str(manifest.get(key)):.200}, is {str(now):.200}: choose another --out_dir")
-    def there(shard):
-        path = out_dir / shard["file"]
-        return path.is_file() and path.stat().st_size == 128 + 2 * shard["tokens"]
-    whole = list(itertools.takewhile(there, manifest["shards"]))  # what was deleted is made again, and all after it
-    return manifest if whole == manifest["shards"] else {**manifest, "complete": False, "shards": whole}
-
-def write_shards(out_dir, manifest, results, bar, total):
-    """Write tokens into shards. With each that is complete, the manifest keeps where it ends: it has the first `token`
-    tokens of record number `record`, and all before. total is how far the reading gets in the end, 0 if unknown."""
-    size, shards, f = manifest["shard_size"], manifest["shards"], None
-    room = manifest["max_tokens"] - sum(shard["tokens"] for shard in shards) if manifest["max_tokens"] else sys.maxsize
-    record, begin = (shards[-1]["record"], shards[-1]["token"]) if shards else (0, 0)  # up to there all is written
-    for done, tokens, ends in results:                         # of the records from `record` on
-        while begin < len(tokens) and room:
-            if f is None:
-                name, filled = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy", 0
-                f = open(out_dir / f"{name}.tmp", "wb")
-                write_header(f, size)
-            n = min(size - filled, room, len(tokens) - begin)
-            f.write(tokens[begin:begin + n])
-            begin, filled, room = begin + n, filled + n, room - n
-            bar.update(n)
-            nth = int(np.searchsorted(ends, begin))            # the record in the chunk that the last token belongs to
-            place = dict(record=record + nth, token=begin - int(ends[nth - 1] if nth else 0))
-            if filled == size:
-                f = finish(f, out_dir, manifest, name, filled, place)
-        record, begin = record + len(ends), 0
-        if total and done:
-            bar.total = bar.n + min(room, int(bar.n * (total - done) / done))
-        if not room:
-            break
-    if f:
-        finish(f, out_dir, manifest, name, filled, place)
-    bar.total = bar.n
-    manifest["complete"] = True
-    save_manifest(out_dir, manifest)
-
-def finish(f, out_dir, manifest, name, tokens, place):
-    """A shard has all its tokens: to disk with it, and into the manifest."""
-    f.seek(0)
-    write_header(f, tokens)                                    # as long as before, whatever the number
-    to_disk(f, out_dir / name)
-    manifest["shards"].append(dict(file=name, tokens=tokens, sha256=sha256(out_dir / name), **place))
-    save_manifest(out_dir, manifest)
-
-def verify(out_dir):
-    """Compare the shards with the manifest."""
-    manifest = load_manifest(out_dir)
-    bad = []
-    for shard in tqdm(manifest["shards"], "verifying", disable=None):
-        path = out_dir / shard["file"]
-        if not path.is_file() or sha256(path) != shard["sha256"]:
-            bad.append(shard["file"])
-    if bad:
-        sys.exit(f"fineweb.py: not as written: {', '.join(bad)}. Delete them: the command that made them does so again")
-    print(f"{len(manifest['shards'])} shards, {sum(s['tokens'] for s in manifest['shards']):,} tokens, all as written"
-          + ("" if manifest["complete"] else "; not complete: the command that made them goes on"))
-
-# Command line ---------------------------------------------------------------------------------------------------------
-def run(args):
-    """Make the shards that args ask for, or what is missing of them. Raises UserError."""
-    out_dir, files = Path(args.out_dir), find_files(args.files or [], Path(args.out_dir))
-    source = {"files": [[path.name, path.stat().st_size] for path in files]} if files else {
-        "dataset": args.dataset, "name": args.name, "split": args.split}
-    manifest = open_manifest(out_dir, {**source, "text_key": args.text_key, "tokenizer": "gpt2",
-                                       "shard_size": args.shard_size, "max_tokens": args.max_tokens})
-    shards = manifest["shards"]
-    tokens = sum(shard["tokens"] for shard in shards)
-    if manifest["complete"]:
-        return print(f"{out_dir} is complete: {len(shards)} shards, {tokens:,} tokens (--verify checks them)")
-    try:
-        tiktoken.get_encoding("gpt2")        # downloads 1.5 MB once, for all processes
-    except (OSError, ValueError) as e:
-        raise UserError(f"no GPT-2 vocabulary to be had ({type(e).__name__}): connect to the network once, or point "
-                        f"TIKTOKEN_CACHE_DIR to a folder that has it") from None
-
-    skip = shards[-1]["record"] if shards else 0
-    if files:
-        text, total = text_bytes(files, args.text_key), sum(path.stat().st_size for path in files)
-        chunks = read_files(files, args.text_key, skip)
-    else:
-        import datasets
-        split = (hub(datasets.load_dataset_builder, args).info.splits or {}).get(args.split)
-        text, total = (split.num_bytes or 0, split.num_examples or 0) if split else (0, 0)  # 0: unknown
-        chunks = read_hub(args, skip)
-    # English has 4.5 bytes a token; other languages have fewer
-    expected = max(min(int(text / 4.5), args.max_tokens or sys.maxsize), tokens)
-    there = next(p for p in [out_dir, *out_dir.absolute().parents] if p.exists())
-    need, free = 2 * (expected - tokens), shutil.disk_usage(there).free
-    require(need < free, f"{out_dir} needs about {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free: make "
-            f"room, or choose another --out_dir or a lower --max_tokens")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        save_manifest(out_dir, manifest)
-    except OSError as e:
-        raise UserError(f"cannot write to --out_dir {out_dir}: {e.strerror}") from None
-    for cut_short in out_dir.glob("*.tmp"):  # by a kill
-        cut_short.unlink()
-    print(f"{f'{len(files)} files' if files else args.dataset} -> {out_dir} with {args.num_proc} processes"
-          + (f", going on after {len(shards)} shards, {tokens:,} tokens" if shards else ""), flush=True)
-
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it tidies up after a kill
-    context = multiprocessing.get_context("spawn")  # the same on every system
-    pool = ProcessPoolExecutor(args.num_proc, context, start_worker)
-    with tqdm(total=expected or None, initial=tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
-        try:
-            write_shards(out_dir, manifest, tokenized(pool, args.text_key, chunks, 4 * args.num_proc), bar, total)
-        except KeyboardInterrupt:
-            leave("stopped: complete shards are kept, the same command goes on", 0)
-        except BrokenProcessPool:
-            leave("fineweb.py: a worker died, out of memory? Lower --num_proc: the same command goes on", 1)
-        finally:
-            pool.shutdown(cancel_futures=True)
-    require(shards, "no document in there")
-    print(f"{out_dir}: {len(shards)} shards, {sum(s['tokens'] for s in shards):,} tokens"
-          + ("" if len(shards) > 1 else ". All of it is in the validation split: for training too, lower --shard_size"))
-
-def leave(message, code):
-    """End at once. A regular end waits for the pool, and that for the rest of what a killed worker began to write."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr if code else sys.stdout, flush=True)
-    os._exit(code)
+def fail(message, code):
+    """Write one line, whatever names and libraries put into the message, and exit."""
+    print("fineweb.py:", *str(message).splitlines(), file=sys.stderr)
+    sys.exit(code)
 
 def count(text):
     """A number of things; 1e8 will do."""
@@ -442,36 +598,60 @@ def count(text):
             return int(float(text))
     raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
 
+def parse_flags():
+    """The flags as an argparse.Namespace. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    cores = min(os.cpu_count() or 1, 61)  # Windows can wait for no more
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    flag = parser.add_argument
+    flag("--dataset", default=FINEWEB_EDU, help="data set of the Hub (%(default)s)")
+    flag("--name", help="its configuration (sample-10BT for FineWeb-Edu)")
+    flag("--split", default="train", help="its split (%(default)s)")
+    flag("--streaming", action="store_true",
+         help="read it over the network, without a copy on disk")
+    flag("--files", nargs="+", help="local files instead, or patterns: parquet, jsonl, txt")
+    flag("--text_key", default="text", help="column or key that holds the text (%(default)s)")
+    flag("--separator", help="what stands between documents of a .txt (none)")
+    flag("--out_dir", default="edu_fineweb10B", help="folder of the shards (%(default)s)")
+    flag("--shard_size", type=count, default=10**8, help="tokens in a shard (%(default)s)")
+    flag("--max_tokens", type=count, help="stop after so many (all)")
+    flag("--num_proc", type=count, default=cores, help="processes that tokenize (%(default)s)")
+    flag("--verify", action="store_true", help="compare the shards with the manifest and exit")
+    # One line, and not argparse's usage.
+    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")
+    args = parser.parse_args()
+    if args.dataset == FINEWEB_EDU and args.name is None:
+        args.name = "sample-10BT"
+    return args
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
 def main():
     """Read the flags, do what they ask."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(os.cpu_count() or 1, 61)
-    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="data set of the Hub (%(default)s)")
-    parser.add_argument("--name", help="its configuration (sample-10BT for FineWeb-Edu)")
-    parser.add_argument("--split", default="train", help="its split (%(default)s)")
-    parser.add_argument("--streaming", action="store_true", help="read it over the network, without a copy on disk")
-    parser.add_argument("--files", nargs="+", metavar="GLOB", help="local files instead: parquet, jsonl, txt")
-    parser.add_argument("--text_key", default="text", help="column or key that holds the text (%(default)s)")
-    parser.add_argument("--out_dir", default="edu_fineweb10B", help="folder of the shards (%(default)s)")
-    parser.add_argument("--shard_size", type=count, default=10**8, help="tokens in a shard (%(default)s)")
-    parser.add_argument("--max_tokens", type=count, help="stop after so many (all)")
-    parser.add_argument("--num_proc", type=count, default=cores, help="processes that tokenize (%(default)s)")
-    parser.add_argument("--verify", action="store_true", help="compare the shards with the manifest and exit")
-    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")  # and not argparse's usage
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
-        args = parser.parse_args()
-        if args.dataset == "HuggingFaceFW/fineweb-edu" and args.name is None:
-            args.name = "sample-10BT"
-        verify(Path(args.out_dir)) if args.verify else run(args)
+        args = parse_flags()
+        if args.verify:
+            verify(Path(args.out_dir))
+        else:
+            make_shards(args)
     except UserError as e:
-        print(f"fineweb.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        leave("stopped: the same command goes on", 0)  # else Python may still report the signal as its exit status
+        fail(e, e.code)
     except OSError as e:
-        sys.exit(f"fineweb.py: {e}. Complete shards are kept: make room, and the same command goes on")
+        fail(f"{e}. Can --files be read and --out_dir be written?", 2)
+    # These two end at once. A regular end waits for the pool, and that for the rest of what a
+    # killed worker began to write; and Python may report a signal as its exit status.
+    except BrokenProcessPool:
+        print("fineweb.py: a worker died, out of memory? Lower --num_proc: the same command goes "
+              "on", file=sys.stderr)
+        os._exit(1)
+    except KeyboardInterrupt:
+        print("stopped: complete shards are kept, the same command goes on", flush=True)
+        os._exit(0)
 
 if __name__ == "__main__":
     main()
