@@ -885,7 +885,8 @@ def load_checkpoint(path):
     except Exception as e:  # whatever is met in a broken file
         name = type(e).__name__
         raise UserError(f"cannot use {path}: cut short, or no checkpoint? ({name})") from None
-    require(whole, f"cannot use {path}: it is damaged, or not all in it fits together")
+    require(whole, f"cannot use {path}: it is damaged, does not fit together, or has weights that "
+            "are no numbers (nan, inf)")
     require(found == FORMAT, f"cannot use {path}: it has format {found}, and this version writes "
             f"{FORMAT}. The version that wrote it can --export it, for --init_from")
     return state

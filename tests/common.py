@@ -4,8 +4,11 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import train_gpt2
+from processes import start
 
 ROOT = Path(train_gpt2.__file__).resolve().parent
 
@@ -89,12 +93,46 @@ def environment(**env):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "", **env}
 
 
-def run(*flags, cwd, check=True, input=None, **env):
+def run(*flags, cwd, check=True, input="", script=ROOT / "train_gpt2.py", **env):
     """The script as a process of its own: a CompletedProcess with stdout and stderr as text."""
-    done = subprocess.run(command(*flags), cwd=cwd, env=environment(**env), input=input, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return finished(script, flags, cwd, [environment(**env)], check, input)
+
+
+def ranks(n, *flags, cwd, check=True, script=ROOT / "train_gpt2.py", **env):
+    """The script as n processes that torchrun could have started, which would itself import torch, too."""
+    group = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return finished(script, flags, cwd, [environment(**group, RANK=str(r), LOCAL_RANK=str(r), **env)
+                                         for r in range(n)], check)
+
+
+def finished(script, flags, cwd, environments, check, input=""):
+    """A process of the script for each environment, as one CompletedProcess. If one fails, the others are ended."""
+    with tempfile.TemporaryDirectory() as streams:
+        Path(streams, "stdin").write_bytes(input.encode())
+        processes, end = [], time.monotonic() + 300
+        try:
+            for env in environments:
+                processes.append(start(script, *flags, cwd=cwd, env=env, streams=streams))
+            while None in (codes := [p.poll() for p in processes]) and not any(codes):
+                assert time.monotonic() < end, Path(streams, "stdout").read_text(encoding="utf-8")
+                time.sleep(0.005)
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(timeout=30)
+        finally:
+            for process in processes:
+                process.kill()
+        out, err = (Path(streams, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    done = subprocess.CompletedProcess(flags, next(filter(None, codes), 0), out, err)
+    assert not check or done.returncode == 0, out + err
     return done
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def torchrun_command(n, *flags, options=("--standalone",), script=ROOT / "train_gpt2.py"):

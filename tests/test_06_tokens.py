@@ -48,6 +48,7 @@ def test_gpt2_tokens_are_openais():
         assert enc.encode_ordinary(text) == tiktoken.get_encoding("gpt2").encode(text, disallowed_special=())
 
 
+@pytest.mark.process
 def test_without_vocabulary_and_network_one_line_names_both_ways_out(tmp_path):
     # In a process of its own, for tiktoken remembers a vocabulary that it has loaded once.
     code = """

@@ -10,12 +10,21 @@ import torch
 from torch.nn import functional as F
 
 import train_gpt2
-from common import TINY, losses, machine_of, randomise, run, run_here, short_text
+from common import ROOT, TINY, losses, machine_of, randomise, run, run_here, short_text
 from train_gpt2 import (GPT, MLP, Block, FasterBlock, FasterGPT, FasterMLP, GPTConfig,
                         RecomputedBlock, TrainConfig, faster_classes, swap_classes)
 
 CONFIG = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 COMPILE = torch.compile
+
+# The program, but it says what is compiled again.
+WITH_LOGS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch._logging, train_gpt2
+torch._logging.set_logs(recompiles=True)
+train_gpt2.main()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +45,12 @@ def calls(monkeypatch):
     return names
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
-    done = [run(*TINY, flag, cwd=short_text(tmp_path), TORCH_LOGS="recompiles") for flag in
-            ("--no-compile", "--compile")]
+    script = tmp_path / "with_logs.py"
+    script.write_text(WITH_LOGS.format(root=str(ROOT)))
+    done = [run(*TINY, flag, cwd=short_text(tmp_path), script=script) for flag in ("--no-compile", "--compile")]
     plain, compiled = (d.stdout for d in done)
     # Once, for evaluation, which wants no gradient; and not at all if nothing was compiled.
     assert [d.stderr.count("Recompiling function") for d in done] == [0, 1], done[1].stderr

@@ -34,6 +34,7 @@ def test_accumulated_passes_learn_as_fast(train):
     assert train(2)[0] == pytest.approx(train(8)[0], abs=1e-3)
 
 
+@pytest.mark.process
 def test_a_step_that_is_no_whole_number_of_passes_is_refused(tmp_path):
     done = run(*TINY, "--batch_size", 3, "--total_batch_size", 8 * 32, cwd=short_text(tmp_path), check=False)
     assert done.returncode == 2

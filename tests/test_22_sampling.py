@@ -172,7 +172,8 @@ def test_the_global_generator_is_left_alone_and_the_seed_decides():
 def trained(tmp_path_factory):
     """A folder with a run in it; a model that has learnt little babbles as well as any."""
     folder = short_text(tmp_path_factory.mktemp("trained"))
-    run(*TINY, "--max_steps", 1, "--eval_every", 0, "--sample_every", 0, cwd=folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, folder, *TINY, "--max_steps", 1, "--eval_every", 0, "--sample_every", 0)
     return folder
 
 
@@ -183,6 +184,7 @@ def test_the_prompt_comes_first_then_so_many_samples_each_another(monkeypatch, t
     assert all(text.startswith("Grüße, 🙂") and text.endswith("\n") and len(text) > 10 for text in texts)
 
 
+@pytest.mark.process
 def test_a_prompt_from_stdin_an_empty_one_and_one_longer_than_the_context(
         monkeypatch, trained, capsys):
     text = "To be or not to be, said é 🙂. " * 3

@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 import weakref
 from collections import OrderedDict
@@ -13,8 +12,9 @@ import pytest
 import torch
 
 import train_gpt2
-from common import (TINY, command, environment, machine_of, optimizer_steps, parameters, run,
-                    run_here, short_text)
+from common import (ROOT, TINY, environment, machine_of, optimizer_steps, parameters, run, run_here,
+                    short_text)
+from processes import start
 from train_gpt2 import SIZES, UserError, load_checkpoint, save_checkpoint
 
 RUN = [*TINY, "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
@@ -54,7 +54,8 @@ def here(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(here):
     """The log_dir of a short run that nothing disturbed."""
-    run(*RUN, "--log_dir", "whole", cwd=here)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, here, *RUN, "--log_dir", "whole")
     return here / "whole"
 
 
@@ -87,17 +88,23 @@ def cut_off(whole, tmp_path):
 # Stop and resume ------------------------------------------------------------------------------------------------------
 
 def interrupt(flags, here, log_dir, step, how):
-    """Start a run; when it has logged step, do how(process). Returns the CompletedProcess."""
-    process = subprocess.Popen(command(*flags, "--log_dir", log_dir), cwd=here, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Start a run; when it has logged step, do how(process). Returns its exit code and what it had printed."""
+    streams = here / f"{log_dir}_{step}"
+    streams.mkdir()
+    process = start(ROOT / "train_gpt2.py", *flags, "--log_dir", log_dir, cwd=here, env=environment(), streams=streams)
     log = here / log_dir / "log.txt"
-    while process.poll() is None and not (log.exists() and f"\n{step} train" in log.read_text()):
-        time.sleep(0.001)
-    how(process)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(flags, process.returncode, out, err)
+    try:
+        while process.poll() is None and not (log.exists() and f"\n{step} train" in log.read_text()):
+            time.sleep(0.001)
+        how(process)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    out, err = ((streams / name).read_text() for name in ("stdout", "stderr"))
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
+@pytest.mark.process
 def test_a_killed_run_resumes_to_the_same_bits(here, whole_long):
     for step in (47, 305):  # resumed, killed again, resumed
         flags = LONG if step == 47 else ["--resume"]
@@ -110,6 +117,7 @@ def test_a_killed_run_resumes_to_the_same_bits(here, whole_long):
     same(last(here / "killed", 600), last(whole_long, 600))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_exits_0_and_the_run_resumes_to_the_same_bits(here, whole_long, signum):
@@ -123,6 +131,7 @@ def test_a_signal_saves_exits_0_and_the_run_resumes_to_the_same_bits(here, whole
     same(last(here / name, 600), last(whole_long, 600))
 
 
+@pytest.mark.process
 def test_output_to_a_file_or_a_pipe_is_there_even_if_the_run_is_killed(here):
     done = interrupt(LONG, here, "output", 9, lambda process: process.kill())
     assert f"step {9:5d} | loss" in done.stdout  # buffered, a hundred lines would be missing, and `| tee` shows nothing
@@ -418,6 +427,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves_the_damage(trai
         assert not re.search(r"--init_from|--resume|\.pt|checkpoint|from there", message)
 
 
+@pytest.mark.process
 def test_not_finite_exits_1_with_one_line(here):
     done = run(*RUN, "--log_dir", "inf", "--max_lr", "1e18", cwd=here, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("step 1:")

@@ -2,7 +2,6 @@
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import ROOT, TINY, command, environment, run_here, short_text, torchrun, torchrun_command
+from common import (ROOT, TINY, environment, free_port, ranks, run_here, short_text, torchrun,
+                    torchrun_command)
+from processes import start
 from train_gpt2 import load_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_gloo_available(), reason="torchrun with gloo")
@@ -26,7 +27,7 @@ WRAPPER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import train_gpt2
-rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 {change}
 train_gpt2.main()
 """
@@ -91,12 +92,6 @@ def assert_same_bits(log_dir, expected):
     torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     return short_text(tmp_path_factory.mktemp("here"))
@@ -109,7 +104,7 @@ def whole(here):
 
     def whole(n):
         if n not in done:
-            done[n] = torchrun(n, *RUN, "--log_dir", f"whole_{n}", cwd=here)
+            done[n] = ranks(n, *RUN, "--log_dir", f"whole_{n}", cwd=here)
         return here / f"whole_{n}", done[n]
     return whole
 
@@ -146,7 +141,7 @@ def test_the_number_of_processes_does_not_change_the_training(here, whole, alone
 
 def test_without_batch_flags_two_processes_share_the_step_of_one(here, alone):
     flags = without(RUN, "--batch_size", "--total_batch_size")
-    out = torchrun(2, *flags, "--log_dir", "unasked_2", cwd=here).stdout
+    out = ranks(2, *flags, "--log_dir", "unasked_2", cwd=here).stdout
     assert "256 tokens a step = 1 x 2 x 4 x 32" in out
     assert "256 tokens a step = 1 x 1 x 8 x 32" in alone(*flags, "--log_dir", "unasked_1").out
     assert_same_run(here / "unasked_2", here / "unasked_1")
@@ -189,7 +184,7 @@ def test_rank_0_alone_prints_logs_and_saves(whole):
         rows = rows_of(log_dir)  # each once
         assert [step for step, stream in rows if stream == "train"] == list(range(12))
         assert [step for step, stream in rows if stream == "val"] == [0, 4, 8, 12]
-        assert sorted(path.name for path in log_dir.iterdir()) == ["log.txt"] + [
+        assert sorted(path.name for path in log_dir.iterdir()) == [".lock", "log.txt"] + [
             f"model_{step:05d}.pt" for step in (4, 8, 12)]
 
 
@@ -212,18 +207,20 @@ def test_two_nodes_train_as_one_process_does(here, alone):
 
 # What cannot be -------------------------------------------------------------------------------------------------------
 
-def test_processes_that_do_not_divide_the_batch_exit_2_with_the_remedy_before_they_wait_for_each_other(here):
+def test_processes_that_do_not_divide_the_batch_exit_2_with_the_remedy_before_they_wait_for_each_other(here, tmp_path):
     env = environment(WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [subprocess.Popen(command(*RUN, "--log_dir", "three"), cwd=here, env={**env, "RANK": r, "LOCAL_RANK": r},
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in "012"]
-    try:
-        for rank in ranks:
-            out, err = rank.communicate(timeout=30)  # a rendezvous without the others would take 30 minutes
-            assert (rank.returncode, out, err.count("\n")) == (2, "", 1), err
-            assert "must be a multiple of batch_size * seq_len * processes=384" in err
-    finally:
-        for rank in ranks:
-            rank.kill()
+    for rank in "012":  # one after the other, so nobody can wait for another
+        streams = tmp_path / rank
+        streams.mkdir()
+        process = start(ROOT / "train_gpt2.py", *RUN, "--log_dir", "three", cwd=here,
+                        env={**env, "RANK": rank, "LOCAL_RANK": rank}, streams=streams)
+        try:
+            code = process.wait(timeout=30)  # a rendezvous without the others would take 30 minutes
+        finally:
+            process.kill()
+        out, err = ((streams / name).read_text() for name in ("stdout", "stderr"))
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert "must be a multiple of batch_size * seq_len * processes=384" in err
     assert not (here / "three").exists()
 
 
@@ -234,10 +231,9 @@ def test_processes_that_find_different_checkpoints_are_refused(here, whole):
 newest_checkpoint = train_gpt2.newest_checkpoint
 train_gpt2.newest_checkpoint = lambda log_dir: (None, None) if rank else newest_checkpoint(log_dir)
 """)
-    done = torchrun(2, *RUN, "--resume", "--log_dir", "different", cwd=here, script=script, check=False)
-    assert done.returncode != 0
-    assert "different checkpoints" in done.stderr and re.search(r"exitcode +: 2\b", done.stderr)
-    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    done = ranks(2, *RUN, "--resume", "--log_dir", "different", cwd=here, script=script, check=False)
+    assert done.returncode == 2
+    assert "different checkpoints" in done.stderr and "Traceback" not in done.stderr
     assert before == {path.name: path.read_bytes() for path in log_dir.iterdir()}
 
 
@@ -278,9 +274,10 @@ def test_killed_workers_are_restarted_and_the_run_ends_with_the_same_bits(here, 
 
 
 def test_four_processes_sum_in_the_same_order_after_a_restart(here, whole):
-    done = torchrun(4, *RUN, "--resume", "--log_dir", "killed_4", cwd=here,
-                    options=("--standalone", "--max-restarts=1"), script=wrapper(here, DIE),
-                    DIE="0:3:5", **RESTARTING)
+    flags = [*RUN, "--resume", "--log_dir", "killed_4"]
+    killed = ranks(4, *flags, cwd=here, check=False, script=wrapper(here, DIE), DIE="0:3:5")
+    assert killed.returncode and steps_in(here / "killed_4") == [4]
+    done = ranks(4, *flags, cwd=here)
     assert re.findall(r"^resumed from step (\d+)", done.stdout, re.M) == ["4"]
     assert_same_bits(here / "killed_4", whole(4)[0])
 
@@ -308,6 +305,6 @@ def test_sigterm_saves_and_another_number_of_processes_takes_the_same_global_bat
     shutil.copytree(log_dir, here / "moves_to_1")
     assert f"resumed from step {steps}" in alone("--resume", *end, "--log_dir", "moves_to_1").out
     assert_same_run(here / "moves_to_1", here / "stays")
-    out = torchrun(4, "--resume", *end, "--log_dir", "moves", cwd=here).stdout       # 4
+    out = ranks(4, "--resume", *end, "--log_dir", "moves", cwd=here).stdout          # 4
     assert f"resumed from step {steps}" in out and "1 x 4 x 4 x 32" in out
     assert_same_run(log_dir, here / "stays")

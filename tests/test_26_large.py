@@ -1,12 +1,14 @@
 """Models larger than one device: each process holds a share of the model, and nobody can tell by the results."""
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import ROOT, generate, losses, machine_of, run_here, short_text, torchrun
+from common import (ROOT, command, environment, free_port, generate, losses, machine_of, ranks, run_here,
+                    short_text)
 from train_gpt2 import GPT, GPTConfig, faster_classes, swap_classes
 
 SHAPE = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--device", "cpu",
@@ -114,8 +116,8 @@ def trained(here):
         if (parallel, n) not in known:
             log_dir, shares = here / f"{parallel}_{n}", here / f"shares_{parallel}_{n}"
             shares.mkdir()
-            done = torchrun(n, *RUN, "--parallel", parallel, "--log_dir", log_dir.name, cwd=here,
-                            script=here / "with_shares.py", SHARES=str(shares))
+            done = ranks(n, *RUN, "--parallel", parallel, "--log_dir", log_dir.name, cwd=here,
+                         script=here / "with_shares.py", SHARES=str(shares))
             known[parallel, n] = SimpleNamespace(
                 log_dir=log_dir, out=done.stdout, err=done.stderr,
                 shares=[[int(n) for n in re.findall(r"\d+", (shares / str(r)).read_text())] for r in range(n)])
@@ -182,7 +184,7 @@ def test_a_checkpoint_of_shares_is_whole_and_like_that_of_one_plain_process(trai
 @pytest.mark.parametrize("first, then", [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_a_run_may_go_on_with_other_shares(trained, here, tmp_path, first, then):
     log_dir = as_after_step(4, trained(first, 2).log_dir, tmp_path / "resumed")
-    out = torchrun(2, "--resume", "--parallel", then, "--log_dir", log_dir, cwd=here).stdout
+    out = ranks(2, "--resume", "--parallel", then, "--log_dir", log_dir, cwd=here).stdout
     assert "resumed from step 4" in out
     assert_same_log(log_dir, trained(first, 2).log_dir)
     assert_same_end(log_dir, trained(first, 2).log_dir)
@@ -196,7 +198,7 @@ def test_one_plain_process_goes_on_from_shares_and_shares_from_one_plain_process
     assert_same_log(log_dir, trained("fsdp", 2).log_dir)
     assert_same_end(log_dir, trained("fsdp", 2).log_dir)
     log_dir = as_after_step(2, alone, tmp_path / "from_one")
-    torchrun(2, "--resume", "--parallel", "fsdp", "--log_dir", log_dir, cwd=here)
+    ranks(2, "--resume", "--parallel", "fsdp", "--log_dir", log_dir, cwd=here)
     assert_same_log(log_dir, alone)
     assert_same_end(log_dir, alone)
 
@@ -296,10 +298,19 @@ def test_the_flag_reaches_the_model(here, monkeypatch):
 
 
 def test_shares_and_checkpointed_activations_go_together(trained, here):
-    out = torchrun(2, *RUN, "--parallel", "fsdp", "--checkpoint_activations", "--log_dir", "both", cwd=here).stdout
+    out = ranks(2, *RUN, "--parallel", "fsdp", "--checkpoint_activations", "--log_dir", "both", cwd=here).stdout
     assert_same_log(here / "both", trained("fsdp", 2).log_dir)
     assert norms(out) == norms(trained("fsdp", 2).out)
     assert samples(out) == samples(trained("fsdp", 2).out)
+
+
+def test_a_fresh_python_imports_all_that_shares_need(trained, here):
+    """The processes of the other tests begin with torch in them, and what it imports itself."""
+    env = environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    flags = [*RUN, "--parallel", "fsdp", "--checkpoint_activations", "--log_dir", "fresh"]
+    done = subprocess.run(command(*flags), cwd=here, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert_same_log(here / "fresh", trained("fsdp", 2).log_dir)
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -309,8 +320,8 @@ def test_shares_and_compiling_go_together(here, monkeypatch, capsys):
     flags = [*SHAPE, "--n_layer", "1", "--batch_size", "2", "--total_batch_size", "128", "--max_steps", "2",
              "--sample_every", "0"]
     (here / "saying_compiled.py").write_text(SAYING_COMPILED.format(root=str(ROOT)))
-    compiled = torchrun(2, *flags, "--parallel", "fsdp", "--compile", "--log_dir", "compiled",
-                        cwd=here, script=here / "saying_compiled.py").stdout
+    compiled = ranks(2, *flags, "--parallel", "fsdp", "--compile", "--log_dir", "compiled",
+                     cwd=here, script=here / "saying_compiled.py").stdout
     run_here(monkeypatch, here, *flags, "--log_dir", "not_compiled")
     graphs = re.findall(r"^[01] compiled (\d+)$", compiled, re.M)
     assert len(graphs) == 2 and min(map(int, graphs)) > 0 and len(losses(compiled)) == 2

@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 import train_gpt2
-from common import ROOT, TINY, environment, randomise, run_here, short_text, talkative, torchrun
+from common import ROOT, TINY, environment, randomise, ranks, run_here, short_text, talkative
+from common import run as run_script
 from hellaswag import UserError
 from train_gpt2 import GPT, GPTConfig, get_tokenizer
 
@@ -88,6 +88,7 @@ def test_any_batch_size_gives_the_scores_of_one_ending_at_a_time(make, batch_siz
 
 
 def test_scores_are_those_of_hugging_faces_model(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
     config = GPT2Config(vocab_size=257, n_positions=256, n_layer=2, n_head=2, n_embd=32, bos_token_id=256,
                         eos_token_id=256, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
     theirs = randomise(GPT2LMHeadModel(config)).eval()
@@ -212,6 +213,7 @@ def checkpoint(path, tokenizer="byte", **kwargs):
                                  block_size=model.config.block_size, batch_size=1, seq_len=8, total_batch_size=8,
                                  max_steps=9, warmup_steps=0, max_lr=1e-3, min_lr=1e-4, save_every=1)
     torch.save({"format": train_gpt2.FORMAT, "step": 5, "model": model.state_dict(),
+                "optimizer": {"state": {}, "param_groups": []}, "position": 0, "best": (math.inf, -1), "data": 0,
                 "model_config": dataclasses.asdict(model.config),
                 "config": {k: v for k, v in vars(cfg).items() if k not in train_gpt2.NOT_SAVED}}, path)
     return path
@@ -242,7 +244,7 @@ def here(tmp_path):
 @two_processes
 def test_two_processes_share_the_items_and_print_one_table(here, monkeypatch, capsys):
     flags = ["-m", "m.pt", "-d", "cpu", "--data", "items.jsonl", "--batch_size", 4]  # 3 batches: one has less to do
-    done = torchrun(2, *flags, cwd=here, script=ROOT / "hellaswag.py")
+    done = ranks(2, *flags, cwd=here, script=ROOT / "hellaswag.py")
     with script(monkeypatch, here) as run:
         assert run(*flags) == 0
     first, *table = done.stdout.splitlines()
@@ -274,7 +276,7 @@ def together(tmp_path, script):
     """Two processes run script; what they printed."""
     (tmp_path / "together.py").write_text(
         BEGIN.format(root=str(ROOT), tests=str(ROOT / "tests")) + script + END)
-    return torchrun(2, cwd=tmp_path, script=tmp_path / "together.py").stdout
+    return ranks(2, cwd=tmp_path, script=tmp_path / "together.py").stdout
 
 
 SHARE = """
@@ -503,8 +505,8 @@ def test_two_processes_download_once_and_fail_together(server, tmp_path, answer)
     checkpoint(tmp_path / "m.pt")
     (tmp_path / "with_server.py").write_text(WITH_SERVER.format(
         root=str(ROOT), url=hellaswag.URL, size=hellaswag.SIZE, sha256=hellaswag.SHA256))
-    done = torchrun(2, "-m", "m.pt", "-d", "cpu", "--limit", 20, cwd=tmp_path, check=False,
-                    script=tmp_path / "with_server.py")
+    done = ranks(2, "-m", "m.pt", "-d", "cpu", "--limit", 20, cwd=tmp_path, check=False,
+                 script=tmp_path / "with_server.py")
     if answer == "file":
         assert server.ranges == [None]
         assert done.returncode == 0 and "| 20 items" in done.stdout
@@ -533,6 +535,7 @@ def test_table_and_scores_of_a_checkpoint(here, monkeypatch, capsys):
 
 
 def test_newest_checkpoint_and_hugging_face_folder(here, monkeypatch, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
     (here / "log").mkdir()
     checkpoint(here / "log" / "model_00005.pt")
     config = GPT2Config(vocab_size=257, n_positions=256, n_layer=1, n_head=2, n_embd=32)
@@ -602,8 +605,7 @@ def test_a_training_run_scores_what_the_script_scores_and_trains_as_without(tmp_
     assert [step for step, stream, _ in rows if stream == "hella"] == ["0", "2", "4"]
     assert [row for row in rows if row[1] == "train"] == rows_of(folder / "without")
     if not flags:
-        done = subprocess.run([sys.executable, str(ROOT / "hellaswag.py"), "-d", "cpu"], cwd=folder, env=environment(),
-                              capture_output=True, text=True)
+        done = run_script("-d", "cpu", cwd=folder, script=ROOT / "hellaswag.py")
         assert f"acc_norm  {hella[-1]:.4f}" in done.stdout
 
 

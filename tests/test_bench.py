@@ -1,20 +1,15 @@
 """bench.py with the demo's shape on a CPU: it compares like with like, and says where time goes."""
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
-from common import ROOT, environment
+from common import ROOT, run
 
 
 def bench(*flags, cwd, check=True):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), *flags], cwd=cwd,
-                          env=environment(), capture_output=True, encoding="utf-8", timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    return run(*flags, cwd=cwd, check=check, script=ROOT / "tests" / "bench.py")
 
 
 CPU = ["--device", "cpu", "--model", "demo", "--batch_size", "2"]

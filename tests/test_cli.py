@@ -40,7 +40,8 @@ def here(tmp_path_factory):
     """A folder with all kinds of files that do not do."""
     here = short_text(tmp_path_factory.mktemp("here"))
     run(*QUICK, "--save_every", "1", cwd=here)
-    run("--export", "exported", cwd=here)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, here, "--export", "exported")
     (here / "latin1.txt").write_bytes("Grüße".encode("latin-1") * 1000)
     (here / "empty.txt").write_bytes(b"")
     (here / "short.txt").write_bytes(b"too short")

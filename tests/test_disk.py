@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt2
-from common import ROOT, TINY, environment, run, run_here, short_text, torchrun_command
+from common import ROOT, TINY, environment, ranks, run, run_here, short_text
 
 RUN = [*TINY, "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
 FULL = "File too large|No space left"
@@ -150,6 +150,11 @@ def cut_off(whole, tmp_path):
 
 def script(here, name, *args):
     """A script of ours as a process of its own."""
+    return run(*args, cwd=here, check=False, script=here / name)
+
+
+def piped(here, name, *args):
+    """The same where no file may have as many bytes as the output has, for which script() has files."""
     return subprocess.run([sys.executable, str(here / name), *map(str, args)], cwd=here, env=environment(),
                           capture_output=True, encoding="utf-8", timeout=120)
 
@@ -167,7 +172,8 @@ def test_a_disk_that_fills_up_while_saving_costs_no_older_checkpoint(here, whole
     size = (whole / "model_00006.pt").stat().st_size
     room = {"first_byte": 1_000, "header": 9_000, "middle": size // 2, "last_byte": size - 1}[where]
     log_dir = tmp_path / "full"
-    done = script(here, "disk_full.py", "before", "save_checkpoint", 3, room, *RUN, "--log_dir", log_dir)
+    start = piped if where == "first_byte" else script
+    done = start(here, "disk_full.py", "before", "save_checkpoint", 3, room, *RUN, "--log_dir", log_dir)
     assert_one_line(done, 1)
     assert re.search(FULL, done.stderr) and "model_00006.pt" in done.stderr  # what is wrong, and with which file
     assert "whole" in done.stderr and "--resume" in done.stderr              # what is not lost, and what to do
@@ -194,15 +200,9 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_no_half_checkpoint(here, w
 def test_a_full_disk_ends_all_processes_and_not_only_the_one_that_saves(here, tmp_path):
     flags = ["before", "save_checkpoint", 2, 5_000, *RUN, "--batch_size", "2", "--total_batch_size", "128", "--log_dir",
              tmp_path / "full"]
-    process = subprocess.Popen(torchrun_command(2, *flags, script=here / "disk_full.py"), cwd=here, env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.terminate()  # do they wait for each other? torchrun ends them, after 30 s for good
-        process.wait()
-    assert process.returncode == 1
-    assert re.search(f"cannot write .*model_00004.pt: .*({FULL})", err)
+    done = ranks(2, *flags, cwd=here, check=False, script=here / "disk_full.py")
+    assert done.returncode == 1
+    assert re.search(f"cannot write .*model_00004.pt: .*({FULL})", done.stderr)
     assert list(saved(tmp_path / "full")) == ["model_00002.pt"]
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_ends_all_processes_and_not_only_the_one_that_saves(here, tm
 def test_a_log_that_meets_a_full_disk_ends_the_run_with_one_line(here, whole, tmp_path, monkeypatch):
     # log.txt may have 70 bytes: the fifth row is cut short, after the checkpoint of step 2
     log_dir = tmp_path / "full"
-    done = script(here, "disk_full.py", "after", "save_checkpoint", 1, 70, *RUN, "--log_dir", log_dir)
+    done = piped(here, "disk_full.py", "after", "save_checkpoint", 1, 70, *RUN, "--log_dir", log_dir)
     assert_one_line(done, 1)
     assert re.search(FULL, done.stderr) and "whole" in done.stderr
     assert list(saved(log_dir)) == ["model_00002.pt"]
@@ -222,7 +222,7 @@ def test_a_log_that_meets_a_full_disk_ends_the_run_with_one_line(here, whole, tm
 @posix
 def test_a_disk_that_is_full_when_a_run_resumes_costs_no_row_of_its_log(here, whole, cut_off, monkeypatch):
     before = files(cut_off)
-    done = script(here, "disk_full.py", "before", "open_log", 1, 20, "--resume", "--log_dir", cut_off)
+    done = piped(here, "disk_full.py", "before", "open_log", 1, 20, "--resume", "--log_dir", cut_off)
     assert_one_line(done, 1)
     assert re.search(FULL, done.stderr)
     assert {name: files(cut_off).get(name) for name in before} == before

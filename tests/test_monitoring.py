@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from common import TINY, losses, run, short_text, torchrun
+from common import TINY, losses, ranks, run, short_text
 
 FAKE_WANDB = """
 import json, pathlib
@@ -42,12 +42,12 @@ def test_two_processes_have_one_board_and_give_up_together(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
     short_text(tmp_path)
-    torchrun(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, PYTHONPATH=str(tmp_path / "modules"))
+    ranks(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, PYTHONPATH=str(tmp_path / "modules"))
     rows = (tmp_path / "log" / "log.txt").read_text().splitlines()
     assert len((tmp_path / "calls.txt").read_text().splitlines()) == len(rows) == 9
     (tmp_path / "modules" / "wandb.py").write_text("def init(**_): raise ValueError('No API key')")
-    done = torchrun(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, check=False,
-                    PYTHONPATH=str(tmp_path / "modules"))
+    done = ranks(2, *FLAGS, "--wandb", "--batch_size", "2", cwd=tmp_path, check=False,
+                 PYTHONPATH=str(tmp_path / "modules"))
     assert done.returncode and "No API key" in done.stderr and "[rank1]: Traceback" not in done.stderr
     assert (tmp_path / "log" / "log.txt").read_text().splitlines() == rows  # the earlier run stays where it was
 
