@@ -905,7 +905,7 @@ def is_whole(state):
     TrainConfig(**state["config"])
     # On the device "meta", tensors have a shape and no numbers.
     with torch.device("meta"):
-        model = GPT(GPTConfig(**state["model_config"]))
+        model = new_model(state["config"]["recipe"], **state["model_config"])
     shapes = {name: w.shape for name, w in model.state_dict().items()}
     # What an optimiser keeps of a parameter has its shape, or is one number.
     kept = [(w, shapes[name]) for name, of_it in state["optimizer"]["state"].items()
@@ -1453,6 +1453,10 @@ NOT_SAVED = ["model", "init_from", "device", "compile", "fp8", "parallel", "chec
 # --------------------------------------------------------------------------------------------------
 # 13. From the flags to a complete configuration
 
+def new_model(recipe, **shape):
+    """A model with fresh parameters; shape: see GPTConfig."""
+    return (ModernGPT if recipe == "modern" else GPT)(GPTConfig(**shape))
+
 def how_to_train(cfg):
     """The functions for the optimisers and for the course of the learning rate."""
     if cfg.recipe == "modern":
@@ -1468,7 +1472,7 @@ def configure(flags):
     looking = looks(asked)
     model, known, init_from, resume = load_start(asked, looking)
     # A run's position counts windows of seq_len.
-    fixed = [*SHAPE, "recipe", "seq_len"] if resume else SHAPE
+    fixed = [*SHAPE, "recipe", "seq_len"] if resume else [*SHAPE, "recipe"]
     for key, value in {**SIZES.get(asked.model, {}), **flags}.items():
         if model and key in fixed:
             require(value == known[key], f"--{key} {value}: {init_from} has {known[key]}, and the "
@@ -1552,7 +1556,7 @@ def load_start(asked, looking):
         return None, {}, init_from, False
     if init_from.endswith(".pt"):
         state = state or load_checkpoint(Path(init_from))
-        model = GPT(GPTConfig(**state["model_config"]))
+        model = new_model(state["config"]["recipe"], **state["model_config"])
         model.load_state_dict(state["model"])
         if from_log_dir or looking:
             # Its run goes on, or it is to be looked at: all its settings hold.
@@ -1561,6 +1565,7 @@ def load_start(asked, looking):
         model = from_pretrained(init_from)
     # For another run, nothing but what is in the weights.
     known = {key: getattr(model.config, key) for key in SHAPE}
+    known["recipe"] = "modern" if isinstance(model, ModernGPT) else "gpt2"
     known["tokenizer"] = "byte" if model.config.vocab_size == 257 else "gpt2"
     return model, known, init_from, False
 
@@ -1659,8 +1664,8 @@ def main():
         torch.manual_seed(cfg.seed)
         enc = get_tokenizer(cfg.tokenizer)
         if model is None:
-            shape = GPTConfig(cfg.block_size, enc.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
-            model = GPT(shape)
+            shape = {key: getattr(cfg, key) for key in SHAPE}
+            model = new_model(cfg.recipe, vocab_size=enc.n_vocab, **shape)
         require(model.config.vocab_size == enc.n_vocab, f"{cfg.init_from} knows "
                 f"{model.config.vocab_size} tokens, and the tokenizer {cfg.tokenizer} has "
                 f"{enc.n_vocab}: see --tokenizer")
@@ -1679,7 +1684,62 @@ def main():
 # Here are a second model, which keeps GPT-2's plan and what is not named below; its optimisers; and
 # its learning rate.
 # --------------------------------------------------------------------------------------------------
-# 15. The learning rate
+# 15. A model of today
+
+def linear(a, b):
+    return nn.Linear(a, b, bias=False)
+
+class ModernAttention(CausalSelfAttention):
+    """Without biases, here and in all layers below: they bring nothing."""
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        C = config.n_embd
+        self.n_head = config.n_head
+        # Three matrices instead of c_attn.
+        self.c_q = linear(C, C)
+        self.c_k = linear(C, C)
+        self.c_v = linear(C, C)
+        self.c_proj = linear(C, C)
+
+    def heads(self, x):
+        B, T, C = x.size()
+        return [c(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+                for c in (self.c_q, self.c_k, self.c_v)]
+
+class ModernMLP(MLP):
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = linear(4 * config.n_embd, config.n_embd)
+
+class ModernBlock(Block):
+    """RMSNorm (arXiv:1910.07467): x divided by the root of the mean of its squares. That is what
+    LayerNorm is needed for; without mean, factors and offsets, nothing is lost."""
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.ln_1 = nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+        self.attn = ModernAttention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+        self.mlp = ModernMLP(config)
+
+class ModernGPT(GPT):
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        check_shape(config)
+        self.config = config
+        rows = math.ceil(config.vocab_size / 64) * 64
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(rows, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([ModernBlock(config) for _ in range(config.n_layer)]),
+            ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
+        ))
+        self.lm_head = linear(config.n_embd, rows)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+# --------------------------------------------------------------------------------------------------
+# 16. Its learning rate
 
 def trapezoid(step, cfg):
     """Warm-up, stable, decay: up in a line, then the highest, in the second half down to min_lr in
@@ -1697,12 +1757,12 @@ def trapezoid(step, cfg):
 # stands in for one of part I: it adds no parameters, only computes otherwise. So swap_classes() can
 # assign it to a module that is there already.
 # --------------------------------------------------------------------------------------------------
-# 16. Training
+# 17. Training
 
 def faster_classes(cfg):
     """Which class stands in for which."""
     block = RecomputedBlock if cfg.checkpoint_activations else FasterBlock
-    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP}
+    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP, ModernBlock: block}
     if cfg.fp8:
         classes[nn.Linear] = FP8Linear
     return classes
@@ -1803,7 +1863,7 @@ def to_8_bits(x, dtype):
     return x.clamp(-largest, largest).to(dtype)
 
 # --------------------------------------------------------------------------------------------------
-# 17. Generation
+# 18. Generation
 
 class CachedModel:
     """Is called like a model by one generate(), each time with one token more. Keys and values of
