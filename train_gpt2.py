@@ -1686,8 +1686,35 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # 15. A model of today
 
+def rms_norm(x):
+    """RMSNorm (arXiv:1910.07467): x (..., C) divided by the root of the mean of its squares. That
+    is what LayerNorm is needed for; without mean, factors and offsets, nothing is lost."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
 def linear(a, b):
     return nn.Linear(a, b, bias=False)
+
+class Rotary(nn.Module):
+    """Rotary positions (RoPE, arXiv:2104.09864), instead of the table wpe. Two numbers of a vector
+    are a point in the plane, which is turned by an angle that grows with the position. If query and
+    key are both turned, their dot product depends on the difference of the angles: on how far apart
+    two tokens are, wherever they stand. Each pair has a speed of its own, from 1 radian a token,
+    for what is near, to 1 / 10,000."""
+    def __init__(self, config):
+        super().__init__()
+        hs = config.n_embd // config.n_head
+        speeds = 10_000 ** (-torch.arange(0, hs, 2) / hs)  # (hs / 2,)
+        angles = torch.arange(config.block_size)[:, None] * speeds  # (block_size, hs / 2)
+        # Buffers go where the parameters go; these are not written to checkpoints.
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x, pos):
+        """x (B, nh, T, hs), of tokens at pos (T,), turned."""
+        cos = self.cos[pos].to(x.dtype)  # (T, hs / 2)
+        sin = self.sin[pos].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)  # the points are (a[i], b[i])
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 class ModernAttention(CausalSelfAttention):
     """Without biases, here and in all layers below: they bring nothing."""
@@ -1700,11 +1727,16 @@ class ModernAttention(CausalSelfAttention):
         self.c_k = linear(C, C)
         self.c_v = linear(C, C)
         self.c_proj = linear(C, C)
+        self.rotary = Rotary(config)
 
-    def heads(self, x):
+    def heads(self, x, pos=None):
+        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ..."""
         B, T, C = x.size()
-        return [c(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-                for c in (self.c_q, self.c_k, self.c_v)]
+        if pos is None:
+            pos = torch.arange(T, device=x.device)
+        q, k, v = [c(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+                   for c in (self.c_q, self.c_k, self.c_v)]
+        return self.rotary(q, pos), self.rotary(k, pos), v
 
 class ModernMLP(MLP):
     def __init__(self, config):
@@ -1713,8 +1745,6 @@ class ModernMLP(MLP):
         self.c_proj = linear(4 * config.n_embd, config.n_embd)
 
 class ModernBlock(Block):
-    """RMSNorm (arXiv:1910.07467): x divided by the root of the mean of its squares. That is what
-    LayerNorm is needed for; without mean, factors and offsets, nothing is lost."""
     def __init__(self, config):
         nn.Module.__init__(self)
         self.ln_1 = nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
@@ -1730,13 +1760,19 @@ class ModernGPT(GPT):
         rows = math.ceil(config.vocab_size / 64) * 64
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(rows, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList([ModernBlock(config) for _ in range(config.n_layer)]),
             ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
         ))
         self.lm_head = linear(config.n_embd, rows)
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
+
+    def trunk(self, idx):
+        check_length(idx, self.config)
+        x = rms_norm(self.transformer.wte(idx))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
 
 # --------------------------------------------------------------------------------------------------
 # 16. Its learning rate
@@ -1891,11 +1927,13 @@ class CachedModel:
         cache's first `room` positions: here at all that are filled, in RecordedModel at more, of
         which the mask hides those later than a token's own."""
         parts = self.model.transformer
-        x = parts.wte(idx) + parts.wpe(pos)
+        modern = isinstance(self.model, ModernGPT)
+        x = rms_norm(parts.wte(idx)) if modern else parts.wte(idx) + parts.wpe(pos)
         # True where a token may look: up to its own position.
         mask = torch.arange(room, device=idx.device) <= pos[:, None]  # (T, room)
         for i, block in enumerate(parts.h):
-            q, k, v = block.attn.heads(block.ln_1(x))
+            y = block.ln_1(x)
+            q, k, v = block.attn.heads(y, pos) if modern else block.attn.heads(y)
             if len(self.kv) == i:
                 B, nh, _, hs = k.shape
                 # Keys and values of this block, with room for all positions.
