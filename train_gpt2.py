@@ -1736,7 +1736,9 @@ class ModernAttention(CausalSelfAttention):
             pos = torch.arange(T, device=x.device)
         q, k, v = [c(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
                    for c in (self.c_q, self.c_k, self.c_v)]
-        return self.rotary(q, pos), self.rotary(k, pos), v
+        # QK-norm (arXiv:2010.04245): queries and keys have the length sqrt(hs), so no score is over
+        # sqrt(hs), and no head gets stuck on one token, however large c_q and c_k grow.
+        return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), v
 
 class ModernMLP(MLP):
     def __init__(self, config):
