@@ -1746,6 +1746,10 @@ class ModernMLP(MLP):
         self.c_fc = linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = linear(4 * config.n_embd, config.n_embd)
 
+    def forward(self, x):
+        # ReLU² (arXiv:2109.08668) instead of GELU: a little better, and cheaper.
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
 class ModernBlock(Block):
     def __init__(self, config):
         nn.Module.__init__(self)
@@ -1755,6 +1759,8 @@ class ModernBlock(Block):
         self.mlp = ModernMLP(config)
 
 class ModernGPT(GPT):
+    """Zero are, at first, all c_proj, so that each block adds nothing to the stream: what is learnt
+    need not first undo what was random."""
     def __init__(self, config):
         nn.Module.__init__(self)
         check_shape(config)
@@ -1767,7 +1773,11 @@ class ModernGPT(GPT):
         ))
         self.lm_head = linear(config.n_embd, rows)
         self.transformer.wte.weight = self.lm_head.weight
-        self.init_weights()
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=0.02)
 
     def trunk(self, idx):
         check_length(idx, self.config)
