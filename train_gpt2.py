@@ -1439,8 +1439,8 @@ FINE_TUNE = dict(max_steps=200, warmup_steps=20, save_every=25, eval_every=25, l
 WIDTHS = [128, 768, 1024, 1280, 1600]
 RATES = [3e-3, 6e-4, 3e-4, 2.5e-4, 2e-4]
 
-# With --recipe modern: the rates by width, and what takes the
-# place of the preset's.
+# With --recipe modern: the rates by width, what takes the place
+# of the preset's, and half as many heads, of twice the size, if that can be.
 MODERN_RATES = [3e-3, 1.8e-3, 9e-4, 7.5e-4, 6e-4]
 MODERN = dict(min_lr=0.0, warmup_steps=20)
 
@@ -1460,7 +1460,7 @@ def new_model(recipe, **shape):
 def how_to_train(cfg):
     """The functions for the optimisers and for the course of the learning rate."""
     if cfg.recipe == "modern":
-        return configure_optimizers, trapezoid
+        return modern_optimizers, trapezoid
     return configure_optimizers, lr_factor
 
 def configure(flags):
@@ -1493,6 +1493,8 @@ def configure(flags):
     size = SIZES[asked.model or preset["model"]]
     if {**known, **flags}.get("recipe") == "modern":
         preset.update(MODERN)
+        if size["n_head"] % 2 == 0:
+            size = {**size, "n_head": size["n_head"] // 2}
     chosen = {"data": data, "init_from": init_from, "resume": resume}
     cfg = TrainConfig(**{**preset, **size, **known, **flags, **chosen})
 
@@ -1758,9 +1760,16 @@ class ModernBlock(Block):
         self.ln_2 = nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
         self.mlp = ModernMLP(config)
 
+class SoftcappedHead(nn.Linear):
+    """Logits from -15 to 15 (arXiv:2408.00118): tanh bends what would go further, so that the model
+    cannot be surer than it should."""
+    def forward(self, x):
+        return 15 * torch.tanh(super().forward(x).float() / 15)
+
 class ModernGPT(GPT):
-    """Zero are, at first, all c_proj, so that each block adds nothing to the stream: what is learnt
-    need not first undo what was random."""
+    """With an lm_head of its own, not wte: a token to read and a token to foretell are two things.
+    Zero are, at first, lm_head and each c_proj, so that each block adds nothing to the stream and
+    all tokens are equally probable: what is learnt need not first undo what was random."""
     def __init__(self, config):
         nn.Module.__init__(self)
         check_shape(config)
@@ -1771,13 +1780,14 @@ class ModernGPT(GPT):
             h=nn.ModuleList([ModernBlock(config) for _ in range(config.n_layer)]),
             ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
         ))
-        self.lm_head = linear(config.n_embd, rows)
-        self.transformer.wte.weight = self.lm_head.weight
+        self.lm_head = SoftcappedHead(config.n_embd, rows, bias=False)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.endswith(("c_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(p)
+            elif name.endswith("wte.weight"):
+                nn.init.normal_(p)
             else:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=1 / math.sqrt(config.n_embd))
 
     def trunk(self, idx):
         check_length(idx, self.config)
@@ -1787,7 +1797,17 @@ class ModernGPT(GPT):
         return self.transformer.ln_f(x)
 
 # --------------------------------------------------------------------------------------------------
-# 16. Its learning rate
+# 16. Its optimisers and learning rate
+
+def modern_optimizers(model, max_lr, weight_decay):
+    """AdamW as in part I. But of the two tables, a step sees a few rows only, and these may go far:
+    they have rates of their own."""
+    blocks = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr,
+              "weight_decay": weight_decay}
+    tables = [{"params": [model.transformer.wte.weight], "max_lr": 0.3},
+              {"params": [model.lm_head.weight], "max_lr": 0.004}]
+    return [torch.optim.AdamW([blocks, *tables], lr=max_lr, betas=(0.9, 0.95), eps=1e-10,
+                              weight_decay=0.0, fused=True)]
 
 def trapezoid(step, cfg):
     """Warm-up, stable, decay: up in a line, then the highest, in the second half down to min_lr in
@@ -1810,7 +1830,8 @@ def trapezoid(step, cfg):
 def faster_classes(cfg):
     """Which class stands in for which."""
     block = RecomputedBlock if cfg.checkpoint_activations else FasterBlock
-    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP, ModernBlock: block}
+    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP,
+               ModernGPT: FasterModernGPT, ModernBlock: block}
     if cfg.fp8:
         classes[nn.Linear] = FP8Linear
     return classes
@@ -1864,6 +1885,14 @@ class FasterGPT(GPT):
         z = logits.float() - m
         # nll_loss: minus the target's entry, a mean over all.
         return F.nll_loss(z - z.exp().sum(dim=1, keepdim=True).log(), targets.flatten())
+
+class FasterModernGPT(ModernGPT):
+    """No logit is over 15, so exp() needs no search for the largest, either."""
+    def forward(self, idx, targets=None):
+        if targets is None or not torch.compiler.is_compiling():
+            return super().forward(idx, targets)
+        logits = self.lm_head(self.trunk(idx).flatten(0, 1))[:, :self.config.vocab_size]
+        return F.nll_loss(logits - logits.exp().sum(dim=1, keepdim=True).log(), targets.flatten())
 
 class FP8Linear(nn.Linear):
     """--fp8: a layer that trains in 8-bit floats. Validation and samples do without."""
