@@ -1439,10 +1439,10 @@ FINE_TUNE = dict(max_steps=200, warmup_steps=20, save_every=25, eval_every=25, l
 WIDTHS = [128, 768, 1024, 1280, 1600]
 RATES = [3e-3, 6e-4, 3e-4, 2.5e-4, 2e-4]
 
-# With --recipe modern: the rates by width, what takes the place
+# With --recipe modern: the rates by width (Muon's, measured at the first two), what takes the place
 # of the preset's, and half as many heads, of twice the size, if that can be.
-MODERN_RATES = [3e-3, 1.8e-3, 9e-4, 7.5e-4, 6e-4]
-MODERN = dict(min_lr=0.0, warmup_steps=20)
+MODERN_RATES = [0.02, 0.04, 0.04, 0.04, 0.04]
+MODERN = dict(min_lr=0.0, warmup_steps=0, weight_decay=0.0)
 
 # These do not train.
 LOOKS = ["prompt", "eval_only", "export"]
@@ -1724,7 +1724,7 @@ class ModernAttention(CausalSelfAttention):
         nn.Module.__init__(self)
         C = config.n_embd
         self.n_head = config.n_head
-        # Three matrices instead of c_attn.
+        # Three matrices instead of c_attn: for Muon, below, each is one of its own.
         self.c_q = linear(C, C)
         self.c_k = linear(C, C)
         self.c_v = linear(C, C)
@@ -1799,15 +1799,48 @@ class ModernGPT(GPT):
 # --------------------------------------------------------------------------------------------------
 # 16. Its optimisers and learning rate
 
+class SharedMuon(torch.optim.Muon):
+    """Muon (https://kellerjordan.github.io/posts/muon). A matrix's gradient is mostly a few
+    large directions, and the many small ones hardly get on. Muon makes all equally long: of the
+    matrices that turn and do not stretch (U V^T where the momentum is U S V^T), a step is the
+    nearest one. That is found by a few products of matrices, which of several processes each does
+    for some of them, and sends round what comes out."""
+    def shared(self):
+        """Each matrix and the process that it belongs to; nothing if there is one process. FSDP
+        has shared out each matrix itself."""
+        matrices = self.param_groups[0]["params"]
+        if not dist.is_initialized() or hasattr(matrices[0], "full_tensor"):
+            return []
+        return [(p, i % dist.get_world_size()) for i, p in enumerate(matrices)]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, owner in self.shared():
+            if owner != dist.get_rank():
+                p.grad = None
+        super().step(closure)
+        for p, owner in self.shared():
+            dist.broadcast(p, owner)
+        # At first, the mean over earlier gradients is a short one: they soon are out of date.
+        for group in self.param_groups:
+            group["momentum"] = min(group["momentum"] + 0.1 / 300, 0.95)
+
+    @torch.no_grad()
+    def state_dict(self):
+        for p, owner in self.shared():
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            dist.broadcast(momentum, owner)
+        return super().state_dict()
+
 def modern_optimizers(model, max_lr, weight_decay):
-    """AdamW as in part I. But of the two tables, a step sees a few rows only, and these may go far:
-    they have rates of their own."""
-    blocks = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr,
-              "weight_decay": weight_decay}
-    tables = [{"params": [model.transformer.wte.weight], "max_lr": 0.3},
-              {"params": [model.lm_head.weight], "max_lr": 0.004}]
-    return [torch.optim.AdamW([blocks, *tables], lr=max_lr, betas=(0.9, 0.95), eps=1e-10,
-                              weight_decay=0.0, fused=True)]
+    """Muon for the blocks, which are all matrices. AdamW for the two tables: of their rows a step
+    sees a few, and the direction of each counts."""
+    muon = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr}
+    tables = [{"params": [model.transformer.wte.weight], "max_lr": 7.5 * max_lr},
+              {"params": [model.lm_head.weight], "max_lr": min(max_lr / 5, 0.004)}]
+    return [SharedMuon([muon], lr=max_lr, weight_decay=weight_decay, momentum=0.85),
+            torch.optim.AdamW(tables, lr=max_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
+                              fused=True)]
 
 def trapezoid(step, cfg):
     """Warm-up, stable, decay: up in a line, then the highest, in the second half down to min_lr in

@@ -1,0 +1,128 @@
+"""Muon: a step of orthogonal matrices; and the whole recipe: resume, processes, sharding."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from common import TINY, ranks, run, run_here, short_text
+from train_gpt2 import GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers
+
+MODERN = [*TINY, "--recipe", "modern", "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
+CONFIG = GPTConfig(block_size=16, vocab_size=41, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return short_text(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture
+def train(here, monkeypatch, capsys):
+    def train(*flags):
+        run_here(monkeypatch, here, *MODERN, *flags)
+        return capsys.readouterr()
+    return train
+
+
+def losses_of(log_dir):
+    return [float(row.split()[2]) for row in (log_dir / "log.txt").read_text().splitlines()]
+
+
+def test_a_step_is_the_orthogonal_matrix_nearest_to_the_momentum():
+    p = torch.nn.Parameter(torch.zeros(24, 16))
+    g = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -1, 16))
+    p.grad = g.clone()
+    SharedMuon([p], lr=1.0, weight_decay=0.0, momentum=0.85).step()
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    step = -p.detach() / (24 / 16) ** 0.5  # tall matrices take longer ones
+    # A few products come near: singular values about 1, and the same directions.
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert torch.diag(u.T @ step @ vt.T).min() > 0.6
+
+
+def test_blocks_have_muon_tables_have_adamw_and_all_have_one():
+    model = ModernGPT(CONFIG)
+    muon, adamw = modern_optimizers(model, 0.02, 0.0)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    names = {id(p): name for name, p in model.named_parameters()}
+    of = [[names[id(p)] for group in opt.param_groups for p in group["params"]] for opt in (muon, adamw)]
+    assert of[0] == [name for name in names.values() if ".h." in name]
+    assert of[1] == ["transformer.wte.weight", "lm_head.weight"]
+    assert [group["max_lr"] for opt in (muon, adamw) for group in opt.param_groups] == pytest.approx([0.02, 0.15, 0.004])
+
+
+def test_the_heads_rate_has_a_ceiling_and_follows_a_low_one():
+    rates = [modern_optimizers(ModernGPT(CONFIG), lr, 0.0)[1].param_groups[1]["max_lr"] for lr in (0.04, 0.001)]
+    assert rates == pytest.approx([0.004, 0.0002])
+
+
+def test_it_resumes_to_the_same_bits(train, here, tmp_path):
+    train("--log_dir", "whole")
+    cut = shutil.copytree(here / "whole", tmp_path / "cut")
+    for step in (4, 6):
+        (cut / f"model_{step:05d}.pt").unlink()
+    train("--log_dir", cut, "--resume")
+    assert (cut / "log.txt").read_text() == (here / "whole" / "log.txt").read_text()
+    a, b = (load_checkpoint(d / "model_00006.pt") for d in (cut, here / "whole"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
+    for name, kept in b["optimizer"]["state"].items():
+        assert all(torch.equal(a["optimizer"]["state"][name][key], w) for key, w in kept.items()), name
+    # Muon's momentum grows with the steps that were taken.
+    momenta = [group["momentum"] for group in a["optimizer"]["param_groups"] if "momentum" in group]
+    assert momenta == pytest.approx([0.85 + 6 * 0.1 / 300])
+
+
+def test_a_recipe_cannot_change_and_other_flags_can(here, train, capsys):
+    train("--log_dir", "fixed")
+    with pytest.raises(SystemExit) as stop:
+        train("--log_dir", "fixed", "--resume", "--recipe", "gpt2")
+    assert stop.value.code == 2 and "--recipe gpt2" in capsys.readouterr().err
+    # Which recipe it was, the checkpoint says.
+    out = train("--init_from", "fixed/model_00006.pt", "--log_dir", "again", "--max_steps", "2").out
+    assert "starting from step 0" in out
+    assert load_checkpoint(here / "again" / "model_00002.pt")["config"]["recipe"] == "modern"
+
+
+def test_it_is_looked_at_like_the_other(here, monkeypatch, capsys, train):
+    train("--log_dir", "looked")
+    run_here(monkeypatch, here, "--eval_only", "--log_dir", "looked")
+    val = capsys.readouterr().out
+    assert f"val loss {losses_of(here / 'looked')[-1]:.4f}" in val
+    run_here(monkeypatch, here, "--prompt", "MIRA:", "--max_new_tokens", "9", "--log_dir", "looked")
+    assert capsys.readouterr().out.startswith("MIRA:")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does_and_share_the_matrices(here, train, parallel):
+    train("--log_dir", "one")
+    ranks(2, *MODERN, "--batch_size", "2", "--parallel", parallel, "--log_dir", parallel, cwd=here)
+    assert losses_of(here / parallel) == pytest.approx(losses_of(here / "one"), abs=2e-3)
+    # The checkpoint has each momentum, whosever it was; one process goes on from it, and the other kind, too.
+    state = load_checkpoint(here / parallel / "model_00006.pt")
+    assert all(kept["momentum_buffer"].abs().max() > 0
+               for name, kept in state["optimizer"]["state"].items() if ".h." in name)
+    alone = load_checkpoint(here / "one" / "model_00006.pt")
+    for name, kept in alone["optimizer"]["state"].items():
+        for key, w in kept.items():
+            torch.testing.assert_close(state["optimizer"]["state"][name][key], w, rtol=5e-2, atol=5e-3)
+
+
+@pytest.mark.process
+def test_two_processes_resume_to_the_same_bits(here, tmp_path):
+    ranks(2, *MODERN, "--batch_size", "2", "--log_dir", "two", cwd=here)
+    cut = shutil.copytree(here / "two", tmp_path / "cut")
+    for step in (4, 6):
+        (cut / f"model_{step:05d}.pt").unlink()
+    ranks(2, *MODERN, "--batch_size", "2", "--resume", "--log_dir", cut, cwd=here)
+    assert (cut / "log.txt").read_text() == (here / "two" / "log.txt").read_text()
+
+
+def test_a_checkpoint_is_one_of_plain_values(here, train):
+    train("--log_dir", "plain", "--max_steps", "2")
+    state = torch.load(here / "plain" / "model_00002.pt", weights_only=True)
+    assert state["model"]["lm_head.weight"].data_ptr() != state["model"]["transformer.wte.weight"].data_ptr()
+    assert not [key for key in state["model"] if "rotary" in key]
