@@ -1185,13 +1185,28 @@ class Run:
 # Hugging Face keeps these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
+# What Hugging Face calls the parts of part IV's model, which is NanoChat there.
+NANOCHAT = {"transformer.wte": "model.embed_tokens", "transformer.h.": "model.layers.",
+            "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
+            "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+            "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+def theirs_of(key, w, modern):
+    """The name and the matrix that Hugging Face has for one of ours; and back, for a matrix."""
+    if not modern:
+        return key, w.t() if key.endswith(TRANSPOSED) else w
+    for ours, theirs in NANOCHAT.items():
+        key = key.replace(ours, theirs)
+    return key, w
+
 def from_pretrained(name):
-    """A GPT with the weights of a Hugging Face GPT-2, by name or folder. Raises UserError."""
+    """A GPT with the weights of a Hugging Face GPT-2, by name or folder, or a ModernGPT with those
+    of a NanoChat of the shape that export() writes, by folder. Raises UserError."""
     # Our own line says what is wrong.
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error",
-                      HF_HUB_DISABLE_PROGRESS_BARS="1")
-    from transformers import GPT2Config, GPT2LMHeadModel, logging
-    logging.disable_progress_bar()
+    os.environ.update(HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     known = [*list(SIZES)[1:], "distilgpt2"]
     folder = Path(name)
     require(folder.is_dir() or name.removeprefix("openai-community/") in known,
@@ -1199,53 +1214,76 @@ def from_pretrained(name):
     require(not (folder / "adapter_config.json").exists(), f"{name} is an adapter, not a model: "
             "merge it first, with peft's merge_and_unload() and save_pretrained()")
     try:
-        theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        modern = (folder.is_dir()
+                  and transformers.AutoConfig.from_pretrained(name).model_type == "nanochat")
+        kind = transformers.NanoChatForCausalLM if modern else transformers.GPT2LMHeadModel
+        theirs, info = kind.from_pretrained(name, output_loading_info=True)
     except Exception as e:  # whatever the Hub, the disk or a broken file may raise
         why = one_line(e)[:200]
         raise UserError(f"cannot load {name} (no network? files missing?): {why}") from None
     c = theirs.config
+    if modern:
+        shape = GPTConfig(c.max_position_embeddings, c.vocab_size, c.num_hidden_layers,
+                          c.num_attention_heads, c.hidden_size)
+    else:
+        shape = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    # Is what our code does not ask for as it is in our own?
+    usual = their_config(shape, modern)
     fixed = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner",
-             "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-    usual = GPT2Config()
-    odd = [*info["missing_keys"]] + [key for key in fixed if getattr(c, key) != getattr(usual, key)]
+             "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "hidden_act", "rms_norm_eps",
+             "intermediate_size", "num_key_value_heads", "attention_bias", "rope_parameters",
+             "final_logit_softcapping")
+    odd = [key for key in fixed if getattr(c, key, None) != getattr(usual, key, None)]
+    odd = [*info["missing_keys"], *odd]
     require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
-    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+    model = (ModernGPT if modern else GPT)(shape)
     weights = theirs.state_dict()
     require(all_finite(weights), f"{name} has weights that are no numbers (nan, inf)")
     # By our names: theirs may have buffers besides, which do not matter.
     for key, p in model.named_parameters():
-        w = weights[key].t() if key.endswith(TRANSPOSED) else weights[key]
+        name, _ = theirs_of(key, p, modern)
+        _, w = theirs_of(key, weights[name], modern)
         p.data.zero_()
         p.data[:len(w)] = w  # wte has more rows than tokens; the rest stays 0
     return model
+
+def their_config(c, modern, **ids):
+    """Hugging Face's configuration for a GPTConfig."""
+    from transformers import GPT2Config, NanoChatConfig
+    if modern:
+        return NanoChatConfig(
+            max_position_embeddings=c.block_size, vocab_size=c.vocab_size, hidden_size=c.n_embd,
+            intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, **ids)
+    # n_ctx is the old name of n_positions. GGUF's converter asks for it.
+    return GPT2Config(n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
+                      n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, **ids)
 
 def export(model, enc, path, note):
     """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name.
     Raises UserError if there is something at path already."""
     require(not path.exists(), f"--export {path} exists: choose another folder")
-    from transformers import (GenerationConfig, GPT2Config, GPT2LMHeadModel,
-                              PreTrainedTokenizerFast, logging)
-    logging.disable_progress_bar()
+    import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    transformers.logging.disable_progress_bar()
     c = model.config
     # Hugging Face has three names for what is one token here.
     names = ("bos", "eos", "pad")
     ids = {f"{name}_token_id": enc.eot_token for name in names}
-    # n_ctx is the old name of n_positions. GGUF's converter asks for it.
-    theirs = GPT2LMHeadModel(GPT2Config(
-        n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
-        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, **ids))
-    weights = model.state_dict()
+    modern = isinstance(model, ModernGPT)
+    kind = transformers.NanoChatForCausalLM if modern else transformers.GPT2LMHeadModel
+    theirs = kind(their_config(c, modern, **ids))
+    weights = dict(theirs_of(key, w, modern) for key, w in model.state_dict().items())
     for key, w in weights.items():
-        if key.endswith(TRANSPOSED):
-            weights[key] = w.t()
-        if key.endswith(("wte.weight", "lm_head.weight")):
+        # Without the rows that stand for no token.
+        if key.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")):
             weights[key] = w[:c.vocab_size]
     theirs.load_state_dict(weights)
-    theirs.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, **ids)
+    theirs.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.8,
+                                                             top_k=50, **ids)
     converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
     converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks  # and not from a file
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(), model_max_length=c.block_size, padding_side="left",
         **{f"{name}_token": "<|endoftext|>" for name in names})
     card = ("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n"
