@@ -411,6 +411,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import zipfile
@@ -458,7 +459,8 @@ def check_torchrun():
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found.keys() & set(names[:3]):
         return
-    good = all(found.get(name, "").isdecimal() for name in names[:4]) and "MASTER_ADDR" in found
+    good = all(re.fullmatch("[0-9]{1,9}", found.get(name, "")) for name in names[:4])
+    good = good and "MASTER_ADDR" in found
     require(good and int(found["RANK"]) < int(found["WORLD_SIZE"]), "of what torchrun sets, "
             f"{', '.join(names)}, this is here: {found}. Start with torchrun, or unset these")
 
@@ -520,8 +522,10 @@ class Machine:
             # The libraries that sum over processes, for GPUs and for CPUs.
             backend = "nccl" if self.cuda else "gloo"
             try:
+                # Who looks for a name that there is not would look for half an hour.
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
-            except (RuntimeError, ValueError) as e:
+            except (OSError, RuntimeError, ValueError) as e:
                 raise UserError(f"the processes do not find each other: {e}. Is MASTER_ADDR right, "
                                 "and MASTER_PORT not in use?") from None
 
@@ -672,7 +676,9 @@ def read_tokens(path, enc, separator=None):
                     if separator and document:
                         rows.append(np.array([enc.eot_token], dtype=np.uint16))
                     rows.append(encode(document, enc))
-    except (OSError, ValueError) as e:
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path} as UTF-8 text: {e}") from None
     return np.concatenate(rows or [np.array([], dtype=np.uint8)])
 
@@ -712,6 +718,8 @@ def open_shard(path):
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
+            if path.stat().st_size != tokens.offset + tokens.nbytes:
+                raise ValueError("it is not as long as its header says")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
@@ -877,7 +885,8 @@ def save_checkpoint(path, state):
         cause = e.__context__ if isinstance(e, RuntimeError) else e
         if not isinstance(cause, OSError):
             raise
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise RunError(f"cannot write {path}: {cause}. Earlier checkpoints are whole: "
                        "make room, then --resume") from None
 
@@ -887,7 +896,8 @@ def load_checkpoint(path):
     try:
         # It is a zip file, which has a checksum of each of its parts.
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            # PyTorch reads nothing where this bit says that the part is a folder.
+            damaged = file.testzip() or any(part.external_attr & 16 for part in file.infolist())
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
         whole = not damaged and (found != FORMAT or is_whole(state))
@@ -956,8 +966,8 @@ def open_log(folder, start):
         print0(f"{folder} held an earlier run: it is in {aside} now")
     rows = path.read_text("utf-8", errors="replace") if path.exists() else ""
     # Rows that are whole, STEP STREAM VALUE.
-    rows = [row for row in rows.splitlines(True)
-            if re.fullmatch("[0-9]{1,9} [a-z]+ -?[0-9.]+\n", row) and int(row.split()[0]) < start]
+    rows = [row for row in re.findall(r"(?m)^[0-9]{1,9} [a-z]+ -?[0-9]+\.[0-9]+\n", rows)
+            if int(row.split()[0]) < start]
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(rows), "utf-8")
     return open(beside.replace(path), "a", 1, "utf-8")  # 1: a line at a time
@@ -1049,8 +1059,8 @@ class Run:
         _, factor = how_to_train(cfg)
         before = factor(step, TrainConfig(**state["config"]))
         if factor(step, cfg) != before:
-            warn(f"with these flags the learning rate goes on at {factor(step, cfg):.0%} of the "
-                 f"highest, not at {before:.0%}")
+            warn(f"with these flags the learning rate goes on at {factor(step, cfg):.2g} of "
+                 f"the highest, not at {before:.2g}")
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.loader.position = state["position"]
@@ -1285,6 +1295,7 @@ def export(model, enc, path, note):
     converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks  # and not from a file
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(), model_max_length=c.block_size, padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         **{f"{name}_token": "<|endoftext|>" for name in names})
     card = ("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n"
             f"By train_gpt2.py: {num_params(model) / 1e6:.1f} M parameters, {note}\n")
@@ -1520,7 +1531,9 @@ def configure(flags):
         known.pop("min_lr", None)
 
     # The data decide which preset it is, or the demo's size does, which is for a laptop.
-    data = asked.data or known.get("data") or default_data()
+    data = asked.data
+    if data is None:
+        data = known.get("data") or default_data()
     require(looking or Path(data).exists(), f"--data {data} does not exist")
     text = not Path(data).is_dir()
     small = text or asked.model == "demo"
@@ -1631,7 +1644,7 @@ REMEDIES = {"out of memory|can't allocate memory": "lower --batch_size, which ch
             "[Cc](\\+\\+)? compiler": "install one, such as g++, or pass --no-compile"}
 # What the system says of a disk that is full or broken, or may not be written to; and of a path.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
 
 @contextlib.contextmanager
 def exit_codes(program, *user_errors):

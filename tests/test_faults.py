@@ -98,6 +98,19 @@ def test_no_damaged_checkpoint_is_believed(here, tmp_path, how):
     assert refused > 15
 
 
+def test_a_part_that_calls_itself_a_folder_is_damaged(here, tmp_path):
+    """PyTorch reads nothing for it, and takes what the memory happens to hold; zipfile finds nothing wrong."""
+    good = (here / "whole" / "model_00006.pt").read_bytes()
+    places = [m.start() + 38 for m in re.finditer(rb"PK\x01\x02", good)]
+    assert len(places) > 20
+    for place in places[::5]:
+        bad = bytearray(good)
+        bad[place] ^= 16
+        (tmp_path / "bad.pt").write_bytes(bad)
+        with pytest.raises(UserError, match="bad.pt"):
+            load_checkpoint(tmp_path / "bad.pt")
+
+
 def other_shape(state):
     state["model"]["transformer.ln_f.weight"] = torch.ones(7)
 
@@ -237,7 +250,7 @@ WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 @pytest.mark.parametrize("env", [
     {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"LOCAL_RANK": "1"}, {**WHOLE, "WORLD_SIZE": "abc"},
     {**WHOLE, "WORLD_SIZE": "0"}, {**WHOLE, "WORLD_SIZE": "-1"}, {**WHOLE, "RANK": "1"}, {**WHOLE, "RANK": ""},
-    {**WHOLE, "MASTER_PORT": "x"}, {key: WHOLE[key] for key in list(WHOLE)[:3]}], ids=str)
+    {**WHOLE, "MASTER_PORT": "x"}, {**WHOLE, "RANK": "1" * 5000, "WORLD_SIZE": "2" * 5000}, {key: WHOLE[key] for key in list(WHOLE)[:3]}], ids=str)
 def test_half_of_torchruns_variables_is_refused(refused, monkeypatch, here, env):
     for key in WHOLE:
         monkeypatch.delenv(key, raising=False)
@@ -250,6 +263,12 @@ def test_half_of_torchruns_variables_is_refused(refused, monkeypatch, here, env)
 def test_an_address_without_a_rank_is_of_no_interest(train, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "somewhere")  # as a cluster may set it for every job
     assert "Done" in train(*RUN, "--log_dir", "alone").out
+
+
+def test_an_address_that_is_none_is_not_waited_for(refused, monkeypatch):
+    for key, value in {**WHOLE, "MASTER_ADDR": "no.such.host.invalid"}.items():
+        monkeypatch.setenv(key, value)
+    assert "MASTER_ADDR" in refused(*RUN, "--log_dir", "address")
 
 
 def test_a_port_in_use_is_said_in_one_line(refused, monkeypatch):
@@ -276,7 +295,7 @@ def test_a_run_of_blanks_that_tiktoken_cannot_cut_is_named(tmp_path):
         pytest.skip(str(e))
     path = tmp_path / "blanks.txt"
     path.write_text("one  two\nthree\n" + "x" + " " * 1_300_000 + "y\n")
-    with pytest.raises(UserError, match="blanks.txt.*line 3 .*1,300,000 blanks"):
+    with pytest.raises(UserError, match="^[^U]*blanks.txt: from line 3 .*1,300,000 blanks"):
         read_tokens(path, enc)
     assert len(read_tokens(path, get_tokenizer("byte"))) == path.stat().st_size
 
@@ -350,6 +369,23 @@ def test_whatever_numpy_meets_in_a_shard_is_one_line_with_its_name(tmp_path, con
     assert "\n" not in train_gpt2.one_line(e.value)
 
 
+def test_a_shard_that_is_longer_than_its_header_says_is_none(tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(400, dtype=np.uint16))
+    good = (tmp_path / "train.npy").read_bytes()
+    assert len(train_gpt2.open_shard(tmp_path / "train.npy")) == 400
+    for place in range(10, 128):
+        for bit in range(8):
+            bad = bytearray(good)
+            bad[place] ^= 1 << bit
+            (tmp_path / "train.npy").write_bytes(bad)
+            try:
+                tokens = train_gpt2.open_shard(tmp_path / "train.npy")
+            except UserError as e:
+                assert "train.npy" in str(e)
+            else:
+                assert tokens.tolist() == list(range(400)), (place, bit)  # a blank that became another
+
+
 def test_an_npz_that_was_renamed_is_no_shard(tmp_path):
     np.savez(tmp_path / "a.npz", tokens=np.arange(100, dtype=np.uint16))
     (tmp_path / "a.npz").rename(tmp_path / "train.npy")
@@ -359,7 +395,7 @@ def test_an_npz_that_was_renamed_is_no_shard(tmp_path):
 
 @pytest.mark.parametrize("row", [
     b"\xff\xfe\x00\n", b"1" * 5000 + b" train 1.0\n", "² train 1.0\n".encode(), b"1 train\n", b"1 train x\n",
-    b"1 train 1.0 2.0\n", b"\x00" * 4000 + b"\n", b"-1 train 1.0\n"], ids=lambda row: str(row[:20]))
+    b"1 train 1.0 2.0\n", b"1 train .\n", b"1 train 1.2.3\n", b"x\x0c1 train 1.0\n", "x\u20281 train 1.0\n".encode(), b"\x00" * 4000 + b"\n", b"-1 train 1.0\n"], ids=lambda row: str(row[:20]))
 def test_a_row_of_the_log_that_is_none_is_dropped(train, here, log_dir, row):
     log = (log_dir / "log.txt").read_bytes()
     (log_dir / "log.txt").write_bytes(log[:60] + b"\n" + row + log[60:])
@@ -495,6 +531,18 @@ def test_more_steps_that_change_the_rate_say_so(train, log_dir):
     assert train("--resume", "--log_dir", log_dir).err == ""
     err = train("--resume", "--log_dir", log_dir, "--max_steps", "12").err
     assert err.count("\n") == 1 and "learning rate" in err
+
+
+def test_an_empty_path_is_not_the_default_one(refused):
+    assert "--data" in refused(*RUN, "--data", "", "--log_dir", "empty")
+
+
+@pytest.mark.parametrize("name", [".lock", "log.tmp", "model.tmp"])
+def test_a_folder_where_a_file_should_be_is_one_line(refused, log_dir, name):
+    (log_dir / name).unlink(missing_ok=True)
+    (log_dir / name).mkdir()
+    code = 1 if name == "model.tmp" else 2
+    refused("--resume", "--log_dir", log_dir, code=code)
 
 
 @pytest.mark.parametrize("flags, warned", [(["--seq_len", "16"], True), ([], False)])
