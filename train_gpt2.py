@@ -67,14 +67,14 @@ def attention(q, k, v):
     T, hs = q.size(-2), q.size(-1)
     # scores[..., t, s]: how well does key s match query t? A sum of hs products, plus or minus as
     # it happens. If each is about 1, such a sum is about sqrt(hs); divided by that, about 1 again.
-    # With much larger scores, softmax would give nearly all to one token, and a small change of the
-    # scores would change nearly nothing: the gradient would be 0, and nothing could be learnt.
+    # softmax will make shares of a row of them, exp(x) / sum(exp(x)): each 0 or more, together 1.
+    # With much larger scores one token would get nearly all, and a small change of the scores would
+    # change nearly nothing: the gradient would be 0, and nothing could be learnt.
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T)
     # No token may see a later one, as it is to foretell them. True is above the diagonal, where the
     # column is later than the row; there the score becomes -inf, and the share 0.
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
     scores = scores.masked_fill(later, -math.inf)
-    # softmax(x) = exp(x) / sum(exp(x)): shares of 0 or more, and each row adds up to 1.
     shares = F.softmax(scores, dim=-1)
     return shares @ v
 
@@ -157,7 +157,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         # lm_head takes the dot product of a vector with each token's vector: the better they match,
-        # the higher is this token's number. It is wte's matrix: one under two names, from now on.
+        # the higher is this token's number. It is wte's, one under two names: 39 M parameters less.
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
@@ -252,8 +252,8 @@ class DataLoaderLite:
     is what comes after x[t]. An epoch is all windows of all shards, once; a seed shuffles them.
     With 8 GPUs this program runs 8 times at once, as processes that differ only in their rank, 0 to
     7 (world_size = 8); a laptop is rank 0 of 1. All see the same row of windows. At each turn rank
-    0 takes the first B, rank 1 the next B, and so on; position is where the next turn begins. So a
-    step has the same windows for any number of processes, and to go on, a run needs position."""
+    0 takes the first B, rank 1 the next B, and so on; position is where the next turn begins. A
+    step (section 5) is a fixed number of windows: the same ones for any number of processes."""
     shards: list
     B: int
     T: int
@@ -318,7 +318,7 @@ def train(cfg, raw_model, enc, machine):
     """Train a GPT as cfg says (part III), on the machine that this is (part II)."""
     # Part V's classes take the place of those above: the same numbers, in less time.
     swap_classes(raw_model, faster_classes(cfg))
-    # For training: the same parameters, compiled, and knowing of the other processes.
+    # For training: compiled (many small operations become one), in touch with other processes.
     model = machine.parallelize(raw_model, cfg)
     B = machine.sequences(cfg)
     train_shards, val_shards = open_data(cfg.data, enc, cfg.separator)
@@ -522,7 +522,7 @@ class Machine:
             # The libraries that sum over processes, for GPUs and for CPUs.
             backend = "nccl" if self.cuda else "gloo"
             try:
-                # Who looks for a name that there is not would look for half an hour.
+                # Is there such a host at all? init_process_group() would try for half an hour.
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
             except (OSError, RuntimeError, ValueError) as e:
@@ -583,8 +583,8 @@ class Machine:
             return cfg.batch_size
         tokens = 4096
         if self.cuda:
-            # Bytes a token, twice what was measured for compiled models in bfloat16: others take
-            # more.
+            # Bytes a token, for the blocks and for the logits: twice what was measured for compiled
+            # models in bfloat16, as others take more.
             each = 60 * cfg.n_layer * cfg.n_embd + 500_000
             tokens = torch.cuda.mem_get_info()[0] / each
         # A power of two, and of these one that divides the process's share of a step.
@@ -627,10 +627,10 @@ def is_tied(model):
     return model.lm_head.weight is model.transformer.wte.weight
 
 def flops_per_token(model, T):
-    """FLOPs of forward and backward pass: for each parameter a multiplication and an addition, once
-    forward, once for its gradient, and once for that of its input: 6. In attention, scores and
-    shares @ v cost C of these for each of T tokens: 6 * 2 C T in each layer (PaLM,
-    arXiv:2204.02311, appendix B)."""
+    """FLOPs of forward and backward pass. A parameter costs a multiplication and an addition three
+    times: forward, for its own gradient, and for its input's: 6. Attention multiplies C numbers for
+    q k^T and C for shares @ v, with each of T tokens: that is like 2 C T more parameters in each
+    layer (PaLM, arXiv:2204.02311, appendix B)."""
     n = num_params(model)
     if not is_tied(model):
         # wte alone is only looked up.
@@ -749,8 +749,8 @@ class Windows:
         self.opened = None
 
     def fingerprint(self):
-        """A number that will be another one for other data: of a text all counts, of a file its
-        length and its ends."""
+        """A checksum, to tell whether the data are the same: of a text, of each id; of a file, of
+        its length and of its first and last 1,000 ids."""
         crc = 0
         for shard in self.shards:
             tokens = open_shard(shard)
@@ -896,7 +896,8 @@ def load_checkpoint(path):
     try:
         # It is a zip file, which has a checksum of each of its parts.
         with zipfile.ZipFile(path) as file:
-            # PyTorch reads nothing where this bit says that the part is a folder.
+            # This bit they do not cover: if it is damaged, the part is taken for a folder, and
+            # PyTorch reads nothing of it.
             damaged = file.testzip() or any(part.external_attr & 16 for part in file.infolist())
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
@@ -1043,8 +1044,9 @@ class Run:
                     "WANDB_MODE=offline, or --no-wandb")
 
     def restore(self):
-        """Everything as it was when the checkpoint was saved; returns its step. The file was read
-        for the weights already, but to keep all of it in memory until now would be too much."""
+        """All but the weights as it was when the checkpoint was saved; returns its step.
+        load_start() (section 13) has found the file, cfg.init_from, and taken the weights from it.
+        To keep the rest of it in memory until now would be too much: it is read again."""
         dcp, whole = state_dicts()
         cfg = self.cfg
         state = load_checkpoint(Path(cfg.init_from))
@@ -1202,7 +1204,8 @@ NANOCHAT = {"transformer.wte": "model.embed_tokens", "transformer.h.": "model.la
             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 def theirs_of(key, w, modern):
-    """The name and the matrix that Hugging Face has for one of ours; and back, for a matrix."""
+    """Hugging Face's name for our key, and w in their form. A matrix that is transposed twice is as
+    before: if w is theirs, it comes back in our form."""
     if not modern:
         return key, w.t() if key.endswith(TRANSPOSED) else w
     for ours, theirs in NANOCHAT.items():
@@ -1237,13 +1240,14 @@ def from_pretrained(name):
                           c.num_attention_heads, c.hidden_size)
     else:
         shape = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    # Is what our code does not ask for as it is in our own?
+    # These settings our code takes for granted. Do they have the values that it takes?
     usual = their_config(shape, modern)
     fixed = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner",
              "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "hidden_act", "rms_norm_eps",
              "intermediate_size", "num_key_value_heads", "attention_bias", "rope_parameters",
              "final_logit_softcapping")
     odd = [key for key in fixed if getattr(c, key, None) != getattr(usual, key, None)]
+    # And are there weights that the files lack?
     odd = [*info["missing_keys"], *odd]
     require(not odd, f"{name} is not a complete GPT-2, see its {', '.join(odd[:3])}")
     model = (ModernGPT if modern else GPT)(shape)
@@ -1488,8 +1492,8 @@ FINE_TUNE = dict(max_steps=200, warmup_steps=20, save_every=25, eval_every=25, l
 WIDTHS = [128, 768, 1024, 1280, 1600]
 RATES = [3e-3, 6e-4, 3e-4, 2.5e-4, 2e-4]
 
-# With --recipe modern: the rates by width (Muon's, measured at the first two), what takes the place
-# of the preset's, and half as many heads, of twice the size, if that can be.
+# With --recipe modern: the highest rates of its optimiser, Muon (part IV), for the same widths, the
+# first two measured and the others taken to be alike; and what takes the place of the preset's.
 MODERN_RATES = [0.02, 0.04, 0.04, 0.04, 0.04]
 MODERN = dict(min_lr=0.0, warmup_steps=0, weight_decay=0.0)
 
@@ -1538,12 +1542,14 @@ def configure(flags):
     text = not Path(data).is_dir()
     small = text or asked.model == "demo"
     preset = {**PRESETS["text" if small else "shards"], "tokenizer": "byte" if text else "gpt2"}
-    fresh = model is None or resume
-    if not fresh:
+    # Given weights, in a run of their own?
+    fine_tune = model is not None and not resume
+    if fine_tune:
         preset = {**preset, **FINE_TUNE}
     size = SIZES[asked.model or preset["model"]]
     if {**known, **flags}.get("recipe") == "modern":
         preset.update(MODERN)
+        # Half as many heads, of twice the size, if that can be.
         if size["n_head"] % 2 == 0:
             size = {**size, "n_head": size["n_head"] // 2}
     chosen = {"data": data, "init_from": init_from, "resume": resume}
@@ -1556,9 +1562,9 @@ def configure(flags):
         cfg.seq_len = cfg.block_size
     if cfg.max_lr is None:
         rates = MODERN_RATES if cfg.recipe == "modern" else RATES
-        cfg.max_lr = float(np.interp(cfg.n_embd, WIDTHS, rates)) / (1 if fresh else 20)
+        cfg.max_lr = float(np.interp(cfg.n_embd, WIDTHS, rates)) / (20 if fine_tune else 1)
     if cfg.min_lr is None:
-        cfg.min_lr = cfg.max_lr / (100 if small and fresh else 10)
+        cfg.min_lr = cfg.max_lr / (100 if small and not fine_tune else 10)
     check_and_share(cfg, looking)
     return cfg, model
 
@@ -1732,10 +1738,10 @@ def main():
 # ==================================================================================================
 # PART IV: SINCE GPT-2
 #
-# GPT-2 is of 2019. With what has been found since, its loss takes a quarter of the text: --recipe
-# modern. Each idea has a commit of its own, with what it brought: steps 31 to 37 of the history.
-# Here are a second model, which keeps GPT-2's plan and what is not named below; its optimisers; and
-# its learning rate.
+# GPT-2 is of 2019. With what has been found since, a quarter of the text is enough for its loss:
+# --recipe modern. Each idea is a commit, with what it brought: 31 to 37 of git log --reverse. Here
+# are a second model, which keeps GPT-2's plan and what is not named below; its optimisers; and its
+# learning rate.
 # --------------------------------------------------------------------------------------------------
 # 15. A model of today
 
@@ -1836,8 +1842,9 @@ class ModernGPT(GPT):
             if name.endswith(("c_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(p)
             elif name.endswith("wte.weight"):
-                nn.init.normal_(p)
+                nn.init.normal_(p)  # rms_norm() makes 1 of any size
             else:
+                # A sum of n_embd products is as large as one of them then.
                 nn.init.normal_(p, std=1 / math.sqrt(config.n_embd))
 
     def trunk(self, idx):
@@ -1851,11 +1858,12 @@ class ModernGPT(GPT):
 # 16. Its optimisers and learning rate
 
 class SharedMuon(torch.optim.Muon):
-    """Muon (https://kellerjordan.github.io/posts/muon). A matrix's gradient is mostly a few
-    large directions, and the many small ones hardly get on. Muon makes all equally long: of the
-    matrices that turn and do not stretch (U V^T where the momentum is U S V^T), a step is the
-    nearest one. That is found by a few products of matrices, which of several processes each does
-    for some of them, and sends round what comes out."""
+    """Muon (https://kellerjordan.github.io/posts/muon). Like AdamW, it keeps a running mean of a
+    matrix's gradient, the momentum. By its singular value decomposition, U S V^T, that is a sum of
+    directions, and S says how large each is: mostly a few are large, and a step would be nearly
+    these alone. Muon steps by U V^T, the same directions, each of size 1; a few products of
+    matrices come near to that. Of several processes, each steps a share of the matrices, and sends
+    them to the others."""
     def shared(self):
         """Each matrix and the process that it belongs to; nothing if there is one process. FSDP
         has shared out each matrix itself."""
@@ -1868,7 +1876,7 @@ class SharedMuon(torch.optim.Muon):
     def step(self, closure=None):
         for p, owner in self.shared():
             if owner != dist.get_rank():
-                p.grad = None
+                p.grad = None  # so step() leaves it alone
         super().step(closure)
         for p, owner in self.shared():
             dist.broadcast(p, owner)
@@ -1884,8 +1892,8 @@ class SharedMuon(torch.optim.Muon):
         return super().state_dict()
 
 def modern_optimizers(model, max_lr, weight_decay):
-    """Muon for the blocks, which are all matrices. AdamW for the two tables: of their rows a step
-    sees a few, and the direction of each counts."""
+    """Muon for the blocks, which are all matrices. AdamW for the two tables: a row is one token's
+    own, and Muon would move a rare token's as far as a frequent one's. The factors are measured."""
     muon = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr}
     tables = [{"params": [model.transformer.wte.weight], "max_lr": 7.5 * max_lr},
               {"params": [model.lm_head.weight], "max_lr": min(max_lr / 5, 0.004)}]
@@ -1943,7 +1951,7 @@ class RecomputedBlock(FasterBlock):
 
 class FasterMLP(MLP):
     """GELU is x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and (1 + tanh(u)) / 2
-    is sigmoid(2 u). Compiled, that makes a step 1 % shorter."""
+    is sigmoid(2 u), which has one exp() and little else. Compiled, a step is 1 % shorter."""
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return super().forward(x)
@@ -1954,9 +1962,9 @@ class FasterMLP(MLP):
 class FasterGPT(GPT):
     """cross_entropy, but softmax without a search. exp(x) overflows above 88, so the library looks
     for the largest logit and subtracts it from all, which does not change the shares. Any number
-    will do that keeps exp() in its range; m, the target's logit + 80, is at hand. It fails only if
-    a logit is 168 above the target's: then the loss is infinite, where a bad one is 15, and the run
-    ends."""
+    will do that keeps exp() in its range. m, the target's logit + 80, is at hand: exp(-80) is not 0
+    yet, and no logit overflows that is less than 168 = 80 + 88 above the target's. Beyond that, the
+    loss is infinite, where a bad one is 15, and the run ends."""
     def forward(self, idx, targets=None):
         if targets is None or not torch.compiler.is_compiling():
             return super().forward(idx, targets)
@@ -1993,8 +2001,9 @@ class FP8Product(torch.autograd.Function):
     has saved. The gradient of W, of which AdamW keeps a mean over many steps, stays in bfloat16.
 
     e4m3 has 3 bits of mantissa and ends at 448, e5m2 has 2 and ends at 57,344. Fixed factors bring
-    numbers into the range: x may be up to 448 / 4 = 112 (seen: 7), w up to 14 (seen: 0.9),
-    gradients of a mean up to 56 / tokens (seen: 24 / tokens)."""
+    numbers into the range: x may be up to 448 / 4 = 112 (seen: 7), w up to 14 (seen: 0.9). The loss
+    is a mean over the tokens, so gradients are the smaller, the more there are; times 1,024 tokens
+    they may be up to 57,344, that is, up to 56 / tokens (seen: 24 / tokens)."""
     @staticmethod
     def forward(ctx, x, w, bias):
         x8 = to_8_bits(x.flatten(0, -2) * 4, torch.float8_e4m3fn)  # (tokens, in)

@@ -78,10 +78,12 @@ def swapped(module, classes):
     """A copy of module, of faster classes, and with the same parameters."""
     module = copy.deepcopy(module)
     before = dict(module.named_parameters())
+    plain = {type(part) for part in module.modules()} & set(classes)
     swap_classes(module, classes)
     after = dict(module.named_parameters())
     assert before.keys() == after.keys() and all(after[key] is before[key] for key in before)
-    assert {type(part) for part in module.modules()} >= set(classes.values())
+    now = {type(part) for part in module.modules()}
+    assert now >= {classes[kind] for kind in plain} and not now & set(classes)
     return module
 
 
