@@ -242,6 +242,7 @@ def main():
     parser.add_argument("--batch_size", metavar="N", type=int,
                         help="items in a forward pass: lower it if memory runs out")
     with tg.exit_codes("hellaswag.py", UserError):
+        tg.check_torchrun()
         run(tg, vars(parser.parse_args()))
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def train(cfg, raw_model, enc, machine):
     optimizers = make_optimizers(raw_model, cfg.max_lr, cfg.weight_decay)
     # For float16, whose smallest numbers are larger than many gradients: the scaler multiplies the
     # loss by a factor, and so all gradients, and unscale_() divides them again. If one got too
-    # large by that, step() does nothing, and update() lowers the factor.
+    # large by that, the step is left out, and update() lowers the factor.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     run = Run(cfg, raw_model, enc, optimizers, scaler, train_loader, machine)
     start = run.begin()
@@ -343,7 +343,6 @@ def train(cfg, raw_model, enc, machine):
             break
 
         # Once in a while, and at the end: how good is it, what does it write, is it safe on disk?
-        val_loss = math.inf
         if due(step, cfg.eval_every, last_step):
             val_loss, report = evaluate(model, val_loader, B, cfg.val_tokens, enc, machine)
             run.log(step, "val", val_loss, report)
@@ -351,8 +350,8 @@ def train(cfg, raw_model, enc, machine):
             run.score_hellaswag(step)  # a test: which of four endings is a story's own?
         if step > 0 and due(step, cfg.sample_every, last_step):
             run.sample(step)
-        if step > 0 and (due(step, cfg.save_every, last_step) or run.is_best(step, val_loss)):
-            run.save(step, val_loss)
+        if step > 0 and (due(step, cfg.save_every, last_step) or run.is_best(step)):
+            run.save(step)
         if last_step:
             break
 
@@ -383,7 +382,8 @@ def train(cfg, raw_model, enc, machine):
             for group in optimizer.param_groups:
                 group["lr"] = group["max_lr"] * factor(step, cfg)
             # Here the parameters change, and the next gradients begin at nothing.
-            scaler.step(optimizer)
+            if machine.dtype != torch.float16 or norm.isfinite():
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
 
@@ -392,8 +392,8 @@ def train(cfg, raw_model, enc, machine):
         norm = norm.item()
         dt = time.perf_counter() - t0
         run.check_finite(step, loss, norm)
-        run.log(step, "train", loss, f"loss {loss:.4f} | lr {group['lr']:.2e} | norm {norm:.3f} | "
-                + speed_report(raw_model, cfg, dt, machine))
+        run.log(step, "train", loss, f"loss {loss:.4f} | lr {cfg.max_lr * factor(step, cfg):.2e} | "
+                f"norm {norm:.3f} | " + speed_report(raw_model, cfg, dt, machine))
         run.stop_if_asked()
     run.end(step)
 
@@ -984,8 +984,11 @@ def only_run_in(folder, machine):
             lock.acquire()
         except filelock.Timeout:
             taken = True
-        except NotImplementedError:
-            pass  # this disk has no locks
+        except (NotImplementedError, OSError) as e:
+            # Some disks have no locks.
+            number = getattr(e, "errno", None)
+            if number not in (None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
     require(not machine.sum(taken), f"another run is at work in {folder}: wait for it, or pass "
             "another --log_dir")
     try:
@@ -1003,7 +1006,8 @@ class Run:
     scaler: object
     loader: DataLoaderLite
     machine: Machine
-    best: tuple = (math.inf, -1)
+    best: tuple = (math.inf, -1)  # the val loss and the step of the best checkpoint
+    val: tuple = (math.inf, -1)  # of the last validation
     signals: int = 0
     board: object = None
     stopping: bool = False
@@ -1013,13 +1017,16 @@ class Run:
         """Go on from the checkpoint that cfg names, or begin; returns the step."""
         cfg, loader, machine = self.cfg, self.loader, self.machine
         self.folder = Path(cfg.log_dir)
-        start = self.restore() if cfg.resume else 0
+        start = int(Path(cfg.init_from).stem[6:]) if cfg.resume else 0
         require(start <= cfg.max_steps,
                 f"--max_steps {cfg.max_steps}: the checkpoint already has {start} steps")
-        # Wrong data show now, before an earlier run is moved aside.
-        loader.batch(loader.position, loader.B)
+        # All look at this together, for in restore() they may wait for each other.
         require(machine.sum(start) == start * machine.world_size, "the processes find different "
                 f"checkpoints in {self.folder}: put it on a disk that all machines share")
+        if cfg.resume:
+            self.restore()
+        # Wrong data show now, before an earlier run is moved aside.
+        loader.batch(loader.position, loader.B)
         why = self.open_board() if cfg.wandb and machine.rank == 0 else ""
         require(not machine.sum(bool(why)), why or "--wandb: the first process says why")
         self.rows = open_log(self.folder, start) if machine.rank == 0 else open(os.devnull, "w")
@@ -1044,9 +1051,9 @@ class Run:
                     "WANDB_MODE=offline, or --no-wandb")
 
     def restore(self):
-        """All but the weights as it was when the checkpoint was saved; returns its step.
-        load_start() (section 13) has found the file, cfg.init_from, and taken the weights from it.
-        To keep the rest of it in memory until now would be too much: it is read again."""
+        """All but the weights as it was when the checkpoint was saved. load_start() (section 13)
+        has found the file, cfg.init_from, and taken the weights from it. To keep the rest of it in
+        memory until now would be too much: it is read again."""
         dcp, whole = state_dicts()
         cfg = self.cfg
         state = load_checkpoint(Path(cfg.init_from))
@@ -1056,7 +1063,9 @@ class Run:
             group.update(max_lr=asked["max_lr"], weight_decay=asked["weight_decay"])
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=whole)
         step = state["step"]
-        if state["data"] != self.loader.windows.fingerprint():
+        if state["data"] == self.loader.windows.fingerprint():
+            self.best = tuple(state["best"])
+        else:
             warn(f"{cfg.data} is not what this run has been trained on so far")
         _, factor = how_to_train(cfg)
         before = factor(step, TrainConfig(**state["config"]))
@@ -1066,14 +1075,14 @@ class Run:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.loader.position = state["position"]
-        self.best = state["best"]
         torch.set_rng_state(state["rng"])
-        return step
 
     def log(self, step, stream, value, report):
         """A row of log.txt, and a line on the screen; of the steps one in log_every, and the
         last."""
         self.check_finite(step, value)
+        if stream == "val":
+            self.val = (value, step)
         if stream != "train" or due(step, self.cfg.log_every, step + 1 == self.cfg.max_steps):
             print0(f"step {step:5d} | {report}")
         self.rows.write(f"{step} {stream} {value:.6f}\n")
@@ -1119,14 +1128,15 @@ class Run:
         with self.machine.autocast():
             self.check_finite(step, self.model(x, y).item())
 
-    def is_best(self, step, val_loss):
+    def is_best(self, step):
         """Is there no better checkpoint? Then it is saved right now, if any are wanted."""
-        return self.cfg.save_every > 0 and val_loss < self.best[0]
+        return self.cfg.save_every > 0 and self.val[1] == step and self.val[0] < self.best[0]
 
-    def save(self, step, val_loss=math.inf):
+    def save(self, step):
         """Write a checkpoint, then delete those that are too old. The best one is kept."""
         self.check_model(step)
-        self.best = min(tuple(self.best), (val_loss, step))
+        if self.is_best(step):
+            self.best = self.val
         model, loader = self.model, self.loader
         dcp, whole = state_dicts()
         weights = dcp.get_model_state_dict(model, options=whole)
@@ -1516,6 +1526,14 @@ def how_to_train(cfg):
         return modern_optimizers, trapezoid
     return configure_optimizers, lr_factor
 
+def size_of(model, recipe):
+    """The shape that --model stands for. Part IV's has half as many heads, of twice the size, if
+    that can be."""
+    size = dict(SIZES.get(model, {}))
+    if recipe == "modern" and size and size["n_head"] % 2 == 0:
+        size["n_head"] //= 2
+    return size
+
 def configure(flags):
     """(cfg, model): a complete TrainConfig, and the model to begin with, or None for a fresh one.
     What a flag says goes before what a checkpoint says, and that before the preset. Raises
@@ -1526,7 +1544,8 @@ def configure(flags):
     model, known, init_from, resume = load_start(asked, looking)
     # A run's position counts windows of seq_len.
     fixed = [*SHAPE, "recipe", "seq_len"] if resume else [*SHAPE, "recipe"]
-    for key, value in {**SIZES.get(asked.model, {}), **flags}.items():
+    recipe = {**known, **flags}.get("recipe")
+    for key, value in {**size_of(asked.model, recipe), **flags}.items():
         if model and key in fixed:
             require(value == known[key], f"--{key} {value}: {init_from} has {known[key]}, and the "
                     "shape of a model, or of its run's data, cannot change")
@@ -1544,14 +1563,11 @@ def configure(flags):
     preset = {**PRESETS["text" if small else "shards"], "tokenizer": "byte" if text else "gpt2"}
     # Given weights, in a run of their own?
     fine_tune = model is not None and not resume
+    if recipe == "modern":
+        preset.update(MODERN)
     if fine_tune:
         preset = {**preset, **FINE_TUNE}
-    size = SIZES[asked.model or preset["model"]]
-    if {**known, **flags}.get("recipe") == "modern":
-        preset.update(MODERN)
-        # Half as many heads, of twice the size, if that can be.
-        if size["n_head"] % 2 == 0:
-            size = {**size, "n_head": size["n_head"] // 2}
+    size = size_of(asked.model or preset["model"], recipe)
     chosen = {"data": data, "init_from": init_from, "resume": resume}
     cfg = TrainConfig(**{**preset, **size, **known, **flags, **chosen})
 
@@ -1580,6 +1596,8 @@ def check_and_share(cfg, looking):
         require(cfg.warmup_steps <= cfg.max_steps,
                 f"--warmup_steps {cfg.warmup_steps} is over max_steps={cfg.max_steps}")
         require(cfg.parallel == "ddp" or "RANK" in os.environ, "--parallel fsdp needs torchrun")
+        require(not cfg.fp8 or cfg.recipe == "gpt2", "--fp8: its factors are measured for GPT-2's "
+                "model, not for --recipe modern: leave it out")
         require(cfg.total_batch_size % one_pass == 0, f"--total_batch_size {cfg.total_batch_size}: "
                 f"must be a multiple of batch_size * seq_len * processes={one_pass}; --batch_size "
                 "may be another, too")
@@ -1830,6 +1848,8 @@ class ModernGPT(GPT):
     def __init__(self, config):
         nn.Module.__init__(self)
         check_shape(config)
+        require(config.n_embd // config.n_head % 2 == 0, f"n_embd={config.n_embd} / n_head="
+                f"{config.n_head}: rotary positions turn pairs, so a head's size must be even")
         self.config = config
         rows = math.ceil(config.vocab_size / 64) * 64
         self.transformer = nn.ModuleDict(dict(
@@ -1875,6 +1895,9 @@ class SharedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for p, owner in self.shared():
+            # An entry, if an empty one: a process that has none at all is asked to make some, by a
+            # step that it would take alone.
+            self.state[p]
             if owner != dist.get_rank():
                 p.grad = None  # so step() leaves it alone
         super().step(closure)

@@ -1,12 +1,11 @@
 """Muon: a step of orthogonal matrices; and the whole recipe: resume, processes, sharding."""
-import json
-import os
 import shutil
 
 import pytest
 import torch
 
-from common import TINY, ranks, run, run_here, short_text
+import train_gpt2
+from common import ROOT, TINY, ranks, run_here, short_text
 from train_gpt2 import GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers
 
 MODERN = [*TINY, "--recipe", "modern", "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
@@ -119,6 +118,67 @@ def test_two_processes_resume_to_the_same_bits(here, tmp_path):
         (cut / f"model_{step:05d}.pt").unlink()
     ranks(2, *MODERN, "--batch_size", "2", "--resume", "--log_dir", cut, cwd=here)
     assert (cut / "log.txt").read_text() == (here / "two" / "log.txt").read_text()
+
+
+@pytest.mark.process
+def test_processes_that_find_different_checkpoints_are_refused_and_wait_for_nobody(here, train, tmp_path):
+    train("--log_dir", "seen_by_one")
+    script = tmp_path / "one_sees_it.py"
+    script.write_text(f"""import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+newest = train_gpt2.newest_checkpoint
+train_gpt2.newest_checkpoint = lambda log_dir: (None, None) if os.environ["RANK"] == "1" else newest(log_dir)
+train_gpt2.main()
+""")
+    done = ranks(2, *MODERN, "--batch_size", "2", "--resume", "--log_dir", "seen_by_one", cwd=here, script=script,
+                 check=False)
+    assert done.returncode == 2 and "different checkpoints" in done.stderr
+
+
+@pytest.mark.process
+def test_more_processes_than_matrices(here):
+    """One layer has six; of eight processes, two have none."""
+    few = ["--batch_size", "1", "--total_batch_size", "256", "--max_steps", "2", "--eval_every", "2"]
+    ranks(8, *MODERN, *few, "--log_dir", "eight", cwd=here)
+    ranks(1, *MODERN, *few, "--log_dir", "alone", cwd=here)
+    a, b = (load_checkpoint(here / d / "model_00002.pt")["model"] for d in ("eight", "alone"))
+    for key, w in b.items():
+        torch.testing.assert_close(a[key], w, rtol=1e-2, atol=5e-3, msg=key)
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--prompt", "x"], ["--init_from", "log/model_00002.pt"]], ids=str)
+def test_the_size_may_be_named_again(tmp_path, monkeypatch, capsys, flags):
+    short_text(tmp_path)
+    first = ["--recipe", "modern", "--model", "demo", "--max_steps", "2", "--sample_every", "0", "--device", "cpu"]
+    run_here(monkeypatch, tmp_path, *first)
+    run_here(monkeypatch, tmp_path, *first[:4], "--max_steps", "2", "--device", "cpu", *flags)
+
+
+def test_float16_leaves_out_a_step_for_all_optimisers_or_for_none(train, monkeypatch, here):
+    """A nan in a table's gradient alone, and clipping would hand it to all."""
+    optimizers = train_gpt2.modern_optimizers
+    factors = iter([1.0, float("nan"), *[1.0] * 20])
+
+    def ruined(model, *args):
+        model.lm_head.weight.register_hook(lambda g: g * next(factors))
+        return optimizers(model, *args)
+
+    monkeypatch.setattr(train_gpt2, "modern_optimizers", ruined)
+    train("--dtype", "float16", "--log_dir", "half")
+    state = load_checkpoint(here / "half" / "model_00006.pt")
+    assert all(w.isfinite().all() for w in state["model"].values())
+
+
+def test_the_screen_shows_the_rate_that_was_asked_for(train):
+    assert "| lr 1.70e-02 |" in train("--max_lr", "0.017", "--log_dir", "rate").out
+
+
+@pytest.mark.parametrize("flags, said", [(["--n_embd", "36", "--n_head", "12"], "even"), (["--fp8"], "--fp8")], ids=str)
+def test_what_cannot_be_is_one_line(train, capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, "--log_dir", "never")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and said in err
 
 
 def test_a_checkpoint_is_one_of_plain_values(here, train):

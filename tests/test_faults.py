@@ -188,6 +188,15 @@ def test_a_new_best_is_saved_when_it_is_seen(train, here, monkeypatch):
 
 # Two programs in one folder -------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("error", [OSError(38, "ENOSYS"), OSError(37, "ENOLCK"), NotImplementedError("no flock")])
+def test_a_disk_without_locks_has_runs_all_the_same(train, monkeypatch, tmp_path, error):
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert "Done" in train(*RUN, "--log_dir", tmp_path / "log").out
+
+
 @pytest.mark.parametrize("flags", [RUN, ["--resume", "--max_steps", "9"]])
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(refused, train, log_dir, flags):
     before = {p.name: p.read_bytes() for p in log_dir.iterdir()}
