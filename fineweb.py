@@ -577,11 +577,17 @@ def ctrl_c_later():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    # What is blocked is inherited. But the thread of a library may be given the signal instead.
+    came = []
+    signal.signal(signal.SIGINT, lambda *_: came.append(1))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if came:
+            raise KeyboardInterrupt
 
 # --------------------------------------------------------------------------------------------------
 # 6. Command line
