@@ -637,6 +637,9 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 def main():
     """Read the flags, do what they ask."""
+    # Where a stream is closed, Python has None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:

@@ -726,3 +726,13 @@ def test_a_console_of_ascii_and_a_locale_without_utf8(enc, tmp_path):
     done.stderr += make("--files", "*.jsonl", "--out_dir", "данные", cwd=tmp_path, **env).stderr  # reads the manifest
     assert not re.search(r"fineweb\.py:\d+: EncodingWarning", done.stderr), done.stderr
     assert "你好.jsonl" in json.loads((tmp_path / "данные" / "manifest.json").read_text(encoding="utf-8"))["file 1"][0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_traceback(tmp_path, closed):
+    (tmp_path / "a.txt").write_text("one two three")
+    words = " ".join(f"'{word}'" for word in command("--files", "a.txt", "--out_dir", "out", "--num_proc", "1"))
+    done = subprocess.run(f"{words} {closed}", shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+    assert len(tokens_in(tmp_path / "out")) == 4
