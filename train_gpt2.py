@@ -984,8 +984,8 @@ def only_run_in(folder, machine):
             lock.acquire()
         except filelock.Timeout:
             taken = True
-        except (NotImplementedError, OSError) as e:
-            # Some disks have no locks.
+        except (RuntimeError, OSError) as e:
+            # Some disks have no locks. Older versions of filelock raise a RuntimeError there.
             number = getattr(e, "errno", None)
             if number not in (None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise

@@ -4,8 +4,9 @@ import shutil
 import pytest
 import torch
 
+import hellaswag
 import train_gpt2
-from common import ROOT, TINY, ranks, run_here, short_text
+from common import ROOT, TINY, randomise, ranks, run_here, short_text
 from train_gpt2 import GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers
 
 MODERN = [*TINY, "--recipe", "modern", "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
@@ -179,6 +180,17 @@ def test_what_cannot_be_is_one_line(train, capsys, flags, said):
         train(*flags, "--log_dir", "never")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_hellaswag_scores_it_by_the_logits_that_it_gives():
+    """The head stands by itself there: its softcap must not be forgotten."""
+    model = randomise(ModernGPT(CONFIG), std=2.0)
+    items = [{"ind": 0, "label": 1, "context": [3, 1, 4], "endings": [[1, 5], [9, 2, 6], [5], [3, 5, 8, 9]]}]
+    sums, _ = hellaswag.score(model, items, torch.device("cpu"), torch.float32)
+    for ending, got in zip(items[0]["endings"], sums[0]):
+        row = torch.tensor([items[0]["context"] + ending])
+        log_probs = model(row[:, :-1]).log_softmax(-1)[0, -len(ending):]
+        assert got == pytest.approx(-sum(log_probs[i, token].item() for i, token in enumerate(ending)), rel=1e-4)
 
 
 def test_a_checkpoint_is_one_of_plain_values(here, train):
