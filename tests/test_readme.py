@@ -1,9 +1,14 @@
-"""The README's links, line numbers and commits are right, and each step of the history still runs."""
+"""The README's links, numbers, commands, drawing are right; each step of the history still runs."""
+import math
+import os
 import re
 import subprocess
 
 import pytest
+import torch
 
+import draw
+import train_gpt2
 from common import ROOT, run
 from links import with_lines
 
@@ -43,21 +48,129 @@ def test_files_and_pictures_that_it_links_are_there():
         assert target.startswith("../../commit/") or (ROOT / target).exists(), target
 
 
-def test_each_question_of_the_guide_has_its_row():
-    rows = re.findall(r"^\| (\d)\.(\d+) \| (.+?\?) \(", README, re.M)
+def test_links_within_it_lead_to_headings():
+    headings = [re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+                for h in re.findall(r"^## (.+)$", README, re.M)]
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert links and set(links) <= set(headings)
+
+
+def test_it_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 280
+
+
+def test_the_two_commands_are_a_line_each_and_install_what_they_need():
+    commands = re.findall(r"^pip install -r (\S+) && (.+)$", README, re.M)
+    assert commands == [("requirements.txt", "python train_gpt2.py"),
+                        ("tests/requirements.txt", "python -m pytest")]
+    needed, tests = ((ROOT / file).read_text(encoding="utf-8").splitlines() for file, _ in commands)
+    names = [line.split("==")[0] for line in needed]
+    assert names == "torch numpy tiktoken transformers datasets tqdm".split()
+    assert tests[0] == "-r ../requirements.txt"
+    pins = [re.fullmatch(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", line) for line in needed + tests[1:]]
+    assert all(pins)
+    version = {pin[2] for pin in pins if pin[1] == "transformers"}
+    assert len(version) == 1  # the tests have no other one
+    assert f'"transformers[serving]=={version.pop()}"' in README
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script for bash")
+def test_ci_runs_the_command_of_the_readme():
+    line = re.search(r"^command=.+$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.M).group()
+    done = subprocess.run(["bash", "-c", f'{line}; echo "$command"'], cwd=ROOT,
+                          capture_output=True, encoding="utf-8")
+    assert done.stdout == "pip install -r tests/requirements.txt && python -m pytest\n"
+
+
+def test_the_drawing_is_what_the_script_makes_of_the_code_as_it_is():
+    drawn = (ROOT / "assets/model.svg").read_text(encoding="utf-8")
+    assert draw.svg() == drawn, "python tests/draw.py"
+
+
+def test_the_words_have_the_numbers_of_the_default_run():
+    words = dict(re.findall(r"\*\*([\w ]+)\*\*: (.+?)(?: <br>| \|$)", README, re.M))
+    assert len(words) == 20
+    cfg, _ = train_gpt2.configure({"data": str(ROOT / "input.txt"), "device": "cpu"})
+    enc = train_gpt2.get_tokenizer(cfg.tokenizer)
+    (text,), (kept,) = train_gpt2.open_data(ROOT / "input.txt", enc)
+    model = train_gpt2.new_model(cfg.recipe, vocab_size=enc.n_vocab,
+                                 **{name: getattr(cfg, name) for name in train_gpt2.SHAPE})
+    windows = (len(text) - 1) // cfg.seq_len
+    last = r"^step  3600 \| val loss ([\d.]+) \| perplexity ([\d.]+) \| ([\d.]+) bits"
+    val_loss, perplexity, bits = map(float, re.search(last, README, re.M).groups())
+    assert perplexity == pytest.approx(math.exp(val_loss), abs=0.005)
+    assert bits == pytest.approx(val_loss / math.log(2), abs=0.0005)
+    steps = windows * cfg.seq_len / cfg.total_batch_size  # of an epoch
+    count, large = f"{train_gpt2.num_params(model):,}", train_gpt2.GPTConfig
+    for word, numbers in {
+        "token": [f"{len(text) + len(kept):,}", f"{large.vocab_size:,}"],
+        "context": [cfg.block_size, f"{large.block_size:,}"],
+        "batch": [f"{cfg.total_batch_size // cfg.seq_len} of {cfg.seq_len}",
+                  f"{cfg.total_batch_size:,}"],
+        "epoch": [f"{steps:.0f} steps", f"{cfg.max_steps / steps:.1f}"],
+        "parameter": [count], "gradient": [count], "embedding": [cfg.n_embd, enc.n_vocab],
+        "block": [cfg.n_layer, large.n_layer], "head": [cfg.n_head, cfg.n_embd // cfg.n_head],
+        "logit": [enc.n_vocab], "val loss": [val_loss],
+        "nat": [f"ln {enc.n_vocab} = {math.log(enc.n_vocab):.2f}", f"{1 / math.log(2):.3f}"],
+        "perplexity": [perplexity], "bits per byte": [bits], "step": [f"{cfg.max_steps:,}"],
+        "learning rate": [f"{cfg.max_lr:.2e}", f"{cfg.warmup_steps} steps", f"{cfg.min_lr:.2e}"],
+        "norm": [f"than {cfg.grad_clip:.0f} "], "checkpoint": [f"{cfg.save_every} steps"],
+    }.items():
+        for number in numbers:
+            whole = rf"(?<![\d.,]){re.escape(str(number))}(?!\d|[.,]\d)"
+            assert re.search(whole, words[word]), (word, number)
+
+
+def test_the_hours_on_a_gpu_follow_from_its_peak_or_from_what_was_measured():
+    rows = re.findall(r"^\| ([\w ]+) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| "
+                      r"(computed|.*?([\d.]+) (k|M) tokens/s)", README, re.M)
+    assert len(rows) == 9
+    with torch.device("meta"):
+        flops = train_gpt2.flops_per_token(train_gpt2.GPT(train_gpt2.GPTConfig()), 1024)
+    factors = re.search(r"is that of `gpt2` x ([\d.]+) x ([\d.]+):", README)
+    share, longer = map(float, factors.groups())
+    for gpu, peak, hours, modern, how, speed, unit in rows:
+        cards, name = re.fullmatch(r"(?:(\d) x )?(.+)", gpu).groups()
+        peak = float(peak.replace(",", "")) / int(cards or 1)
+        assert train_gpt2.PEAK_TFLOPS.get(name, peak) == pytest.approx(peak, abs=0.05)
+        tokens = 0.48 * peak * 1e12 / flops
+        if how != "computed":  # 8 cards: four times two
+            tokens = float(speed) * {"k": 1e3, "M": 1e6}[unit] * (4 if cards else 1)
+        takes = 10e9 / tokens / 3600
+        for shown, true in ((hours, takes), (modern, takes * share * longer)):
+            digits = len(shown.partition(".")[2])
+            assert float(shown) == pytest.approx(true, abs=0.51 / 10 ** digits), (gpu, shown, true)
+
+
+def test_each_question_of_the_guide_has_its_place():
+    rows = re.findall(r"(?:\| |<br> )(\d)\.(\d+) (.+?\?) \(.+?\) (.+?)(?= <br>| \|$)", README, re.M)
     chapters = dict(zip("123456", (9, 9, 9, 7, 9, 7)))
-    assert [(c, n) for c, n, _ in rows] == [(c, str(n)) for c, last in chapters.items() for n in range(1, last + 1)]
+    numbers = [(c, str(n)) for c, last in chapters.items() for n in range(1, last + 1)]
+    assert [(c, n) for c, n, *_ in rows] == numbers
     notebook = (ROOT / "play.ipynb").read_text(encoding="utf-8")
-    for chapter, number, question in rows:
+    for chapter, number, question, place in rows:
         assert f"### {chapter}.{number} {question}" in notebook, question
+        link = re.match(r"\[`.+`\]\(\w+\.py#L\d+\),.* \d\d", place)
+        assert link or (chapter, number) == ("5", "3"), question
 
 
 def test_the_steps_are_the_commits_that_it_lists():
     titles = history()
-    assert [number for number, *_ in STEPS] == [f"{n:02}" for n in range(1, 38)]
+    assert [number for number, *_ in STEPS] == [f"{n:02}" for n in range(1, len(titles) + 1)]
     for number, shown, linked, idea in STEPS:
         full = git("rev-parse", "--short", linked).stdout.decode().strip()
         assert shown == linked and titles[full] == f"{number}: {idea}"
+
+
+def test_its_chapters_end_with_programs_of_the_length_that_it_says():
+    history()
+    ends = re.findall(r"(\d\d) \(([\d,]+) lines: ", README)
+    assert len(ends) > 5
+    commits = {number: commit for number, commit, *_ in STEPS}
+    for number, lines in ends:
+        program = git("show", f"{commits[number]}:train_gpt2.py").stdout.decode()
+        assert len(program.splitlines()) == int(lines.replace(",", "")), number
+    assert ends[-1][0] == STEPS[-1][0]
 
 
 def test_every_step_runs_when_it_is_checked_out(tmp_path):
