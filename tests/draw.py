@@ -6,6 +6,7 @@ pass, of a small model whose sizes are all different.
 """
 import math
 import sys
+import tempfile
 from html import escape
 from pathlib import Path
 
@@ -67,9 +68,16 @@ def record(B, T, **shape):
     return recorder.calls, model
 
 
+def default_run():
+    """Its configuration. configure() tries whether log_dir can be written to, so it gets another."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"data": str(ROOT / "input.txt"), "device": "cpu", "log_dir": folder}
+        return train_gpt2.configure(flags)[0]
+
+
 def with_letters():
     """(calls of the default run's model, shapes in letters and numbers; the model; (B, T); cfg)."""
-    cfg, _ = train_gpt2.configure({"data": str(ROOT / "input.txt"), "device": "cpu"})
+    cfg = default_run()
     vocab = train_gpt2.get_tokenizer(cfg.tokenizer).n_vocab
     shape = {name: getattr(cfg, name) for name in train_gpt2.SHAPE}
     B, T = cfg.total_batch_size // cfg.seq_len, cfg.seq_len

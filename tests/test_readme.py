@@ -90,7 +90,7 @@ def test_the_drawing_is_what_the_script_makes_of_the_code_as_it_is():
 def test_the_words_have_the_numbers_of_the_default_run():
     words = dict(re.findall(r"\*\*([\w ]+)\*\*: (.+?)(?: <br>| \|$)", README, re.M))
     assert len(words) == 20
-    cfg, _ = train_gpt2.configure({"data": str(ROOT / "input.txt"), "device": "cpu"})
+    cfg = draw.default_run()
     enc = train_gpt2.get_tokenizer(cfg.tokenizer)
     (text,), (kept,) = train_gpt2.open_data(ROOT / "input.txt", enc)
     model = train_gpt2.new_model(cfg.recipe, vocab_size=enc.n_vocab,
