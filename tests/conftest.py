@@ -21,6 +21,7 @@ if (ROOT.parent / "shared" / "tiktoken").is_dir():
 def pytest_configure(config):
     config.addinivalue_line("markers", "lesson: of the steps 01 to 24, and starts no process (set by conftest.py)")
     config.addinivalue_line("markers", "process: starts a process")
+    config.addinivalue_line("markers", "exercise: of README's exercises, red until solved; only with -m exercise")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,12 +30,17 @@ def pytest_cmdline_main(config):
     are made once. A worker itself comes here, too."""
     option = config.option
     if (config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput") and not option.usepdb
-            and option.numprocesses is None and option.dist == "no" and all(map(os.path.isdir, option.file_or_dir))):
+            and option.numprocesses is None and option.dist == "no" and all(map(os.path.isdir, option.file_or_dir))
+            and "exercise" not in option.markexpr):
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "exercise" not in config.option.markexpr:
+        exercises = [item for item in items if item.get_closest_marker("exercise")]
+        config.hook.pytest_deselected(items=exercises)
+        items[:] = [item for item in items if item not in exercises]
     for item in items:
         step = re.match(r"test_(\d\d)_", item.path.name)
         if step and int(step.group(1)) <= 24 and not item.get_closest_marker("process"):
