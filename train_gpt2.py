@@ -619,22 +619,21 @@ def peak_flops(device):
 def num_params(model):
     """How many parameters: the shared matrix once, and no rows that stand for no token."""
     no_token = (model.lm_head.out_features - model.config.vocab_size) * model.config.n_embd
-    tables = 1 if is_tied(model) else 2
-    return sum(p.numel() for p in model.parameters()) - tables * no_token
+    return sum(p.numel() for p in model.parameters()) - len(tables_of(model)) * no_token
 
-def is_tied(model):
-    """Are lm_head and wte one matrix?"""
-    return model.lm_head.weight is model.transformer.wte.weight
+def tables_of(model):
+    """The matrices that have a row for each token. lm_head and wte may be one."""
+    tables = [model.lm_head, model.transformer.wte, *getattr(model, "value_tables", [])]
+    return {table.weight for table in tables}
 
 def flops_per_token(model, T):
     """FLOPs of forward and backward pass. A parameter costs a multiplication and an addition three
     times: forward, for its own gradient, and for its input's: 6. Attention multiplies C numbers for
     q k^T and C for shares @ v, with each of T tokens: that is like 2 C T more parameters in each
     layer (PaLM, arXiv:2204.02311, appendix B)."""
-    n = num_params(model)
-    if not is_tied(model):
-        # wte alone is only looked up.
-        n -= model.config.vocab_size * model.config.n_embd
+    # All tables but lm_head's are only looked up.
+    looked_up = (len(tables_of(model)) - 1) * model.config.vocab_size * model.config.n_embd
+    n = num_params(model) - looked_up
     return 6 * n + 12 * model.config.n_layer * model.config.n_embd * T
 
 def speed_report(model, cfg, dt, machine):
@@ -913,10 +912,9 @@ def load_checkpoint(path):
 
 def is_whole(state):
     """Has a checkpoint all that a run needs to go on? Or else it may raise whatever."""
-    TrainConfig(**state["config"])
     # On the device "meta", tensors have a shape and no numbers.
     with torch.device("meta"):
-        model = new_model(state["config"]["recipe"], **state["model_config"])
+        model = model_like(state)
     shapes = {name: w.shape for name, w in model.state_dict().items()}
     # What an optimiser keeps of a parameter has its shape, or is one number.
     kept = [(w, shapes[name]) for name, of_it in state["optimizer"]["state"].items()
@@ -1155,7 +1153,7 @@ class Run:
             "data": loader.windows.fingerprint(),
         }
         if self.machine.rank == 0:
-            if is_tied(model):
+            if model.lm_head.weight is model.transformer.wte.weight:
                 # Two names of one matrix: as one tensor it is written once.
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
             save_checkpoint(self.folder / f"model_{step:05d}.pt", state)
@@ -1287,6 +1285,8 @@ def export(model, enc, path, note):
     """Write a folder for Hugging Face's from_pretrained(), complete before it takes path's name.
     Raises UserError if there is something at path already."""
     require(not path.exists(), f"--export {path} exists: choose another folder")
+    require(not getattr(model, "value_tables", []), "--export: Hugging Face has no such model, "
+            "with value embeddings: train one without --value_embeddings")
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
     transformers.logging.disable_progress_bar()
@@ -1382,6 +1382,7 @@ class TrainConfig:
     separator        in a text: what stands between documents (nothing)
     tokenizer        gpt2 for shards and for GPT-2's weights, byte for a text
     recipe           gpt2, or modern: what has been found since
+    value_embeddings with modern: three more tables, of values; a fifth of the text less, no export
     model            size: demo for a text, gpt2 for shards; or gpt2-medium, gpt2-large, gpt2-xl
     n_layer          override the model's depth
     n_head           override the model's heads
@@ -1427,6 +1428,7 @@ class TrainConfig:
     separator: str = None
     tokenizer: str = None
     recipe: str = "gpt2"
+    value_embeddings: bool = False
     model: str = None
     n_layer: int = None
     n_head: int = None
@@ -1516,9 +1518,16 @@ NOT_SAVED = ["model", "init_from", "device", "compile", "fp8", "parallel", "chec
 # --------------------------------------------------------------------------------------------------
 # 13. From the flags to a complete configuration
 
-def new_model(recipe, **shape):
+def new_model(recipe, value_embeddings=False, **shape):
     """A model with fresh parameters; shape: see GPTConfig."""
-    return (ModernGPT if recipe == "modern" else GPT)(GPTConfig(**shape))
+    if recipe == "modern":
+        return ModernGPT(GPTConfig(**shape), value_embeddings)
+    return GPT(GPTConfig(**shape))
+
+def model_like(state):
+    """A model of a checkpoint's kind and shape, with fresh parameters."""
+    cfg = TrainConfig(**state["config"])
+    return new_model(cfg.recipe, cfg.value_embeddings, **state["model_config"])
 
 def how_to_train(cfg):
     """The functions for the optimisers and for the course of the learning rate."""
@@ -1543,7 +1552,7 @@ def configure(flags):
     looking = looks(asked)
     model, known, init_from, resume = load_start(asked, looking)
     # A run's position counts windows of seq_len.
-    fixed = [*SHAPE, "recipe", "seq_len"] if resume else [*SHAPE, "recipe"]
+    fixed = [*SHAPE, "recipe", "value_embeddings"] + ["seq_len"] * resume
     recipe = {**known, **flags}.get("recipe")
     for key, value in {**size_of(asked.model, recipe), **flags}.items():
         if model and key in fixed:
@@ -1590,6 +1599,8 @@ def check_and_share(cfg, looking):
     if cfg.total_batch_size is None:
         # 8 sequences, or the next number that all processes can share.
         cfg.total_batch_size = math.ceil(8 * cfg.seq_len / one_pass) * one_pass
+    require(cfg.recipe == "modern" or not cfg.value_embeddings,
+            "--value_embeddings is for --recipe modern")
     require(cfg.seq_len <= cfg.block_size,
             f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
     if not looking:
@@ -1633,16 +1644,18 @@ def load_start(asked, looking):
         return None, {}, init_from, False
     if init_from.endswith(".pt"):
         state = state or load_checkpoint(Path(init_from))
-        model = new_model(state["config"]["recipe"], **state["model_config"])
+        model = model_like(state)
         model.load_state_dict(state["model"])
         if from_log_dir or looking:
             # Its run goes on, or it is to be looked at: all its settings hold.
-            return model, state["config"], init_from, not looking
+            # An earlier checkpoint may not know the last flag.
+            return model, {"value_embeddings": False, **state["config"]}, init_from, not looking
     else:
         model = from_pretrained(init_from)
     # For another run, nothing but what is in the weights.
     known = {key: getattr(model.config, key) for key in SHAPE}
     known["recipe"] = "modern" if isinstance(model, ModernGPT) else "gpt2"
+    known["value_embeddings"] = len(getattr(model, "value_tables", [])) > 0
     known["tokenizer"] = "byte" if model.config.vocab_size == 257 else "gpt2"
     return model, known, init_from, False
 
@@ -1742,7 +1755,7 @@ def main():
         enc = get_tokenizer(cfg.tokenizer)
         if model is None:
             shape = {key: getattr(cfg, key) for key in SHAPE}
-            model = new_model(cfg.recipe, vocab_size=enc.n_vocab, **shape)
+            model = new_model(cfg.recipe, cfg.value_embeddings, vocab_size=enc.n_vocab, **shape)
         require(model.config.vocab_size == enc.n_vocab, f"{cfg.init_from} knows "
                 f"{model.config.vocab_size} tokens, and the tokenizer {cfg.tokenizer} has "
                 f"{enc.n_vocab}: see --tokenizer")
@@ -1757,7 +1770,7 @@ def main():
 # PART IV: SINCE GPT-2
 #
 # GPT-2 is of 2019. With what has been found since, a quarter of the text is enough for its loss:
-# --recipe modern. Each idea is a commit, with what it brought: 31 to 37 of git log --reverse. Here
+# --recipe modern. Each idea is a commit, with what it brought: 31 to 38 of git log --reverse. Here
 # are a second model, which keeps GPT-2's plan and what is not named below; its optimisers; and its
 # learning rate.
 # --------------------------------------------------------------------------------------------------
@@ -1806,16 +1819,25 @@ class ModernAttention(CausalSelfAttention):
         self.c_proj = linear(C, C)
         self.rotary = Rotary(config)
 
-    def heads(self, x, pos=None):
-        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ..."""
+    def heads(self, x, pos=None, e=None):
+        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ...; e: what to mix with
+        their values, see ModernGPT.value_embeddings."""
         B, T, C = x.size()
         if pos is None:
             pos = torch.arange(T, device=x.device)
         q, k, v = [c(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
                    for c in (self.c_q, self.c_k, self.c_v)]
+        if e is not None:
+            rows, shares = e
+            rows = rows.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+            v = (shares[0] * v + shares[1] * rows).to(q.dtype)
         # QK-norm (arXiv:2010.04245): queries and keys have the length sqrt(hs), so no score is over
         # sqrt(hs), and no head gets stuck on one token, however large c_q and c_k grow.
         return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), v
+
+    def forward(self, x, e=None):
+        q, k, v = self.heads(x, e=e)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 class ModernMLP(MLP):
     def __init__(self, config):
@@ -1835,6 +1857,11 @@ class ModernBlock(Block):
         self.ln_2 = nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
         self.mlp = ModernMLP(config)
 
+    def forward(self, x, e=None):
+        x = x + self.attn(self.ln_1(x), e)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
 class SoftcappedHead(nn.Linear):
     """Logits from -15 to 15 (arXiv:2408.00118): tanh bends what would go further, so that the model
     cannot be surer than it should."""
@@ -1845,7 +1872,7 @@ class ModernGPT(GPT):
     """With an lm_head of its own, not wte: a token to read and a token to foretell are two things.
     Zero are, at first, lm_head and each c_proj, so that each block adds nothing to the stream and
     all tokens are equally probable: what is learnt need not first undo what was random."""
-    def __init__(self, config):
+    def __init__(self, config, value_embeddings=False):
         nn.Module.__init__(self)
         check_shape(config)
         require(config.n_embd // config.n_head % 2 == 0, f"n_embd={config.n_embd} / n_head="
@@ -1858,11 +1885,17 @@ class ModernGPT(GPT):
             ln_f=nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False),
         ))
         self.lm_head = SoftcappedHead(config.n_embd, rows, bias=False)
+        tables = min(3, config.n_layer // 2) if value_embeddings else 0
+        self.value_tables = nn.ModuleList(nn.Embedding(rows, config.n_embd) for _ in range(tables))
+        if tables:
+            self.value_shares = nn.Parameter(torch.zeros(config.n_layer, 2))
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(p)
-            elif name.endswith("wte.weight"):
-                nn.init.normal_(p)  # rms_norm() makes 1 of any size
+            elif name.startswith(("transformer.wte", "value_tables")):
+                nn.init.normal_(p)
+            elif name == "value_shares":
+                nn.init.constant_(p, 0.5)
             else:
                 # A sum of n_embd products is as large as one of them then.
                 nn.init.normal_(p, std=1 / math.sqrt(config.n_embd))
@@ -1870,9 +1903,23 @@ class ModernGPT(GPT):
     def trunk(self, idx):
         check_length(idx, self.config)
         x = rms_norm(self.transformer.wte(idx))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for block, e in zip(self.transformer.h, self.value_embeddings(idx)):
+            x = block(x, e)
         return self.transformer.ln_f(x)
+
+    def value_embeddings(self, idx):
+        """--value_embeddings (after arXiv:2410.17897 and modded-nanogpt). What attention hands over
+        is computed from a token's vector, which has to serve for all else, too. In the first three
+        blocks and the last three, a value is in part a row of a table, the token's own: something
+        to be remembered and not computed. There are three tables; the last blocks read the first
+        ones' again. Gives for each block None, or the rows (B, T, C) and the shares of the value
+        and of the row, which are learnt."""
+        rows = [table(idx) for table in self.value_tables]
+        if not rows:
+            return [None] * self.config.n_layer
+        between = [None] * (self.config.n_layer - 2 * len(rows))
+        rows = [*rows, *between, *rows]
+        return [r if r is None else (r, shares) for r, shares in zip(rows, self.value_shares)]
 
 # --------------------------------------------------------------------------------------------------
 # 16. Its optimisers and learning rate
@@ -1918,8 +1965,11 @@ def modern_optimizers(model, max_lr, weight_decay):
     """Muon for the blocks, which are all matrices. AdamW for the two tables: a row is one token's
     own, and Muon would move a rare token's as far as a frequent one's. The factors are measured."""
     muon = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr}
-    tables = [{"params": [model.transformer.wte.weight], "max_lr": 7.5 * max_lr},
+    looked_up = [model.transformer.wte.weight, *model.value_tables.parameters()]
+    tables = [{"params": looked_up, "max_lr": 7.5 * max_lr},
               {"params": [model.lm_head.weight], "max_lr": min(max_lr / 5, 0.004)}]
+    if model.value_tables:
+        tables.append({"params": [model.value_shares], "max_lr": max_lr})
     return [SharedMuon([muon], lr=max_lr, weight_decay=weight_decay, momentum=0.85),
             torch.optim.AdamW(tables, lr=max_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
                               fused=True)]
@@ -1944,9 +1994,10 @@ def trapezoid(step, cfg):
 
 def faster_classes(cfg):
     """Which class stands in for which."""
-    block = RecomputedBlock if cfg.checkpoint_activations else FasterBlock
-    classes = {GPT: FasterGPT, Block: block, MLP: FasterMLP,
-               ModernGPT: FasterModernGPT, ModernBlock: block}
+    classes = {GPT: FasterGPT, Block: FasterBlock, MLP: FasterMLP,
+               ModernGPT: FasterModernGPT, ModernBlock: FasterModernBlock}
+    if cfg.checkpoint_activations:
+        classes.update({Block: RecomputedBlock, ModernBlock: RecomputedModernBlock})
     if cfg.fp8:
         classes[nn.Linear] = FP8Linear
     return classes
@@ -1959,18 +2010,24 @@ class FasterBlock(Block):
     """Where matmuls are in bfloat16, the residual stream is, too: half the bytes to move. Losses
     change by less than with another seed. Not in float16, which the growing stream could
     overflow."""
-    def forward(self, x):
+    def forward(self, x, *e):
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()
-        return super().forward(x)
+        return super().forward(x, *e)
+
+class FasterModernBlock(FasterBlock, ModernBlock):
+    """FasterBlock's forward(), whose super() is ModernBlock here."""
 
 class RecomputedBlock(FasterBlock):
     """--checkpoint_activations. The backward pass needs what the forward pass has computed, the
     activations, and keeping them takes most of the memory. Here a block keeps its input alone, and
     computes the rest again when the backward pass comes to it."""
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+    def forward(self, x, *e):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, *e, use_reentrant=False)
+
+class RecomputedModernBlock(RecomputedBlock, ModernBlock):
+    """The same for part IV."""
 
 class FasterMLP(MLP):
     """GELU is x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and (1 + tanh(u)) / 2
@@ -2088,9 +2145,10 @@ class CachedModel:
         x = rms_norm(parts.wte(idx)) if modern else parts.wte(idx) + parts.wpe(pos)
         # True where a token may look: up to its own position.
         mask = torch.arange(room, device=idx.device) <= pos[:, None]  # (T, room)
+        values = self.model.value_embeddings(idx) if modern else []
         for i, block in enumerate(parts.h):
             y = block.ln_1(x)
-            q, k, v = block.attn.heads(y, pos) if modern else block.attn.heads(y)
+            q, k, v = block.attn.heads(y, pos, values[i]) if modern else block.attn.heads(y)
             if len(self.kv) == i:
                 B, nh, _, hs = k.shape
                 # Keys and values of this block, with room for all positions.

@@ -172,7 +172,7 @@ def svg():
             label = "logits " if name == "cross_entropy" else ""
             draw.text(arrow + 10, y - 10, label + shape, 11)
             note = f"targets: {takes[1]}" if name == "cross_entropy" else ""
-            if name == "lm_head" and train_gpt2.is_tied(model):
+            if name == "lm_head" and model.lm_head.weight is model.transformer.wte.weight:
                 note = "wte's matrix, once more"
             draw.box(x, y, w, call, name, note)
             top = y + BOX

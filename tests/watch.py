@@ -54,7 +54,7 @@ def load(folder):
     """The newest checkpoint: its path, its state, its model and its tokenizer."""
     path, state = tg.newest_checkpoint(folder)
     tg.require(state, f"no checkpoint in {folder}: train one, or name another folder")
-    model = tg.new_model(state["config"]["recipe"], **state["model_config"])
+    model = tg.model_like(state)
     model.load_state_dict(state["model"])
     return path, state, model, tg.get_tokenizer(state["config"]["tokenizer"])
 
