@@ -524,7 +524,14 @@ class Machine:
             try:
                 # Is there such a host at all? init_process_group() would try for half an hour.
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-                dist.init_process_group(backend, timeout=dist.default_pg_timeout)  # 30 minutes
+                store, rank, world_size = next(dist.rendezvous("env://"))
+                if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                    # torchrun starts dead processes again with the store that they had, where their
+                    # addresses still stand. So each start has entries of its own. With several
+                    # nodes the count of starts may differ; README names a variable that helps.
+                    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                        timeout=dist.default_pg_timeout)  # 30 minutes
             except (OSError, RuntimeError, ValueError) as e:
                 raise UserError(f"the processes do not find each other: {e}. Is MASTER_ADDR right, "
                                 "and MASTER_PORT not in use?") from None

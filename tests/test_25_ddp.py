@@ -42,9 +42,6 @@ lr_factor = train_gpt2.lr_factor
 train_gpt2.lr_factor = lambda step, cfg: die(step) or lr_factor(step, cfg)
 """
 
-# torchrun starts dead workers again, --resume goes on, and this gives each attempt a fresh store.
-RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-
 
 def wrapper(folder, change):
     """The path of a script that makes a change to train_gpt2, then runs it."""
@@ -264,7 +261,7 @@ def test_killed_workers_are_restarted_and_the_run_ends_with_the_same_bits(here, 
     # the first time before there is a checkpoint to go on from
     done = torchrun(2, *RUN, "--resume", "--log_dir", "killed_2", cwd=here,
                     options=("--standalone", "--max-restarts=3"), script=wrapper(here, DIE),
-                    DIE="0:1:1 1:0:5 2:1:10", **RESTARTING)
+                    DIE="0:1:1 1:0:5 2:1:10")
     begun = re.findall(r"^resumed from step (\d+)|^step +(0) \| loss", done.stdout, re.M)
     assert [a or b for a, b in begun] == ["0", "0", "4", "8"]
     aside = here / "killed_2" / "earlier_run_1"  # what the first attempt left
