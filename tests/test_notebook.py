@@ -1,4 +1,5 @@
 """play.ipynb runs from top to bottom as it stands, with no network, and what it shows is stored in it."""
+import base64
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ def test_it_runs_from_top_to_bottom_and_shows_the_pictures_that_it_stores(stored
     pytest.importorskip("ipykernel")
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py", "input.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")     # one section draws the logs of long runs
     monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))         # one section reads the history
     monkeypatch.delenv("MPLBACKEND", raising=False)           # agg, say, would show nothing
     for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -61,9 +63,28 @@ def test_what_it_stores_is_small_and_holds_no_error_and_no_path_of_the_machine_t
     assert os.sep + "site-packages" not in shown
 
 
+def test_cells_fit_a_screen(stored):
+    for cell in stored.cells:
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            assert len(lines) <= 25 and max(map(len, lines)) <= 100, f"{cell.id}: {len(lines)} lines"
+
+
+def test_the_pictures_that_it_stores_can_be_read(stored):
+    narrow = {}
+    for cell in stored.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                png = base64.b64decode(output.data["image/png"])
+                width = int.from_bytes(png[16:20], "big")    # a PNG begins with its width and height
+                if width < 800:
+                    narrow[cell.id] = width
+    assert not narrow
+
+
 def test_every_question_has_a_section_of_its_own(stored):
     sections = [h for h in headings(stored) if h.startswith("### ")]
     numbers = [re.match(r"### (\d)\.(\d+) .*\?$", h) for h in sections]
-    assert all(numbers) and len(set(sections)) == len(sections) == 50
+    assert all(numbers) and len(set(sections)) == len(sections) == 57
     last = {m[1]: int(m[2]) for m in numbers}
-    assert [(m[1], int(m[2])) for m in numbers] == [(c, n) for c in "123456" for n in range(1, last[c] + 1)]
+    assert [(m[1], int(m[2])) for m in numbers] == [(c, n) for c in "1234567" for n in range(1, last[c] + 1)]

@@ -124,7 +124,7 @@ def test_the_words_have_the_numbers_of_the_default_run():
 def test_the_hours_on_a_gpu_follow_from_its_peak_or_from_what_was_measured():
     rows = re.findall(r"^\| ([\w ]+) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| "
                       r"(computed|.*?([\d.]+) (k|M) tokens/s)", README, re.M)
-    assert len(rows) == 9
+    assert len(rows) == 8
     with torch.device("meta"):
         flops = train_gpt2.flops_per_token(train_gpt2.GPT(train_gpt2.GPTConfig()), 1024)
     factors = re.search(r"is that of `gpt2` x ([\d.]+) x ([\d.]+):", README)
@@ -152,6 +152,13 @@ def test_each_question_of_the_guide_has_its_place():
         assert f"### {chapter}.{number} {question}" in notebook, question
         link = re.match(r"\[`.+`\]\(\w+\.py#L\d+\),.* \d\d", place)
         assert link or (chapter, number) == ("5", "3"), question
+
+
+def test_each_exercise_has_its_test():
+    section = README.split("\n## Exercises\n")[1].split("\n## ")[0]
+    numbers = re.findall(r"^\| (\d\d) \| ", section, re.M)
+    tests = (ROOT / "tests" / "test_exercises.py").read_text(encoding="utf-8")
+    assert numbers == re.findall(r"^def test_exercise_(\d\d)_", tests, re.M) and len(numbers) == 18
 
 
 def test_the_steps_are_the_commits_that_it_lists():
