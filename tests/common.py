@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -179,3 +182,37 @@ def optimizer_steps(before=None, after=None):
 
 def parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@contextlib.contextmanager
+def serving(name, cwd):
+    """The address of `transformers serve NAME` on loopback; a skip where that is not installed."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = str(Path(sys.executable).with_name("transformers"))
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen([program, "serve", name, *flags], cwd=cwd, env=environment(HF_HUB_OFFLINE="1"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def completion(address, model, prompt, n):
+    """The server's greedy text of n tokens."""
+    body = dict(model=model, prompt=prompt, max_tokens=n, temperature=0)
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"]

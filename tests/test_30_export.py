@@ -1,13 +1,9 @@
 """Out into the world: what is exported is the same model and tokenizer for Hugging Face, and for a server's callers."""
-import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_gpt2
-from common import TINY, environment, generate, run, run_here, short_text, talkative
+from common import TINY, completion, environment, generate, run, run_here, serving, short_text, talkative
 from train_gpt2 import GPT, GPTConfig, UserError, get_tokenizer, load_checkpoint
 
 HARD = ["", "hello  world\n\n", "naïve 你好 🙂\r\n\t x", "it's we'LL 'tis", "\x00\x1c\xa0\u3000", "x" * 300,
@@ -135,35 +131,12 @@ def greedy(here, prompt, n):
 @pytest.fixture(scope="module")
 def server(here):
     """The address of a real server of the exported folder on loopback."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    program = str(Path(sys.executable).with_name("transformers"))
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen([program, "serve", "my_model", *flags], cwd=here, env=environment(HF_HUB_OFFLINE="1"),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+    with serving("my_model", here) as address:
+        yield address
 
 
 def test_the_server_says_what_the_model_says(here, server):
-    body = dict(model="my_model", prompt="MIRA:", max_tokens=20, temperature=0)
-    request = urllib.request.Request(f"{server}/v1/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    answer = json.load(urllib.request.urlopen(request, timeout=60))
-    assert answer["choices"][0]["text"] == greedy(here, "MIRA:", 20)
+    assert completion(server, "my_model", "MIRA:", 20) == greedy(here, "MIRA:", 20)
 
 
 def test_an_openai_client_streams(here, server):

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatConfig, NanoChatForCausalLM
 
 import train_gpt2
-from common import TINY, generate, randomise, run_here, short_text
+from common import TINY, completion, generate, randomise, run_here, serving, short_text
 from train_gpt2 import GPTConfig, ModernGPT, UserError, get_tokenizer
 
 CONFIG = GPTConfig(block_size=64, vocab_size=257, n_layer=3, n_head=2, n_embd=48)
@@ -47,6 +47,16 @@ def test_a_nanochat_of_another_shape_is_refused(tmp_path, other):
     NanoChatForCausalLM(NanoChatConfig(**{**how, **other})).save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match=next(iter(other))):
         train_gpt2.from_pretrained(str(tmp_path / "hf"))
+
+
+@pytest.mark.process
+def test_it_is_served(folder, tmp_path):
+    model, _ = folder
+    enc = get_tokenizer("byte")
+    with serving("hf", tmp_path) as address:
+        served = completion(address, "hf", "MIRA:", 20)
+    ours = generate(model, [enc.encode_ordinary("MIRA:")], 20, temperature=0)[0]
+    assert served.encode() == enc.decode(ours).encode() and len(set(ours)) > 5
 
 
 def test_a_run_is_exported_spoken_with_and_gone_on_from(tmp_path, monkeypatch, capsys):
