@@ -38,6 +38,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.calls, self.inside = [], [""]
+        self.vocab_size = model.config.vocab_size
         for name, module in model.named_modules():
             if name and not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
                 module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name))
@@ -45,9 +46,12 @@ class Recorder(TorchFunctionMode):
 
     def leave(self, module, out, name):
         self.inside.pop()
+        size = sum(p.numel() for p in module.parameters())
+        if name == "transformer.wte":
+            # Without the rows that stand for no token, as num_params() counts.
+            size = self.vocab_size * module.embedding_dim
         self.calls.append(dict(name=name, kind=type(module).__name__, within=self.inside[-1],
-                               out=tuple(out.shape), into=(),
-                               size=sum(p.numel() for p in module.parameters())))
+                               out=tuple(out.shape), into=(), size=size))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

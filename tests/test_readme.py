@@ -85,11 +85,17 @@ def test_ci_runs_the_command_of_the_readme():
 def test_the_drawing_is_what_the_script_makes_of_the_code_as_it_is():
     drawn = (ROOT / "assets/model.svg").read_text(encoding="utf-8")
     assert draw.svg() == drawn, "python tests/draw.py"
+    # The boxes hold all parameters; of two blocks, the one at the right is the first once more.
+    counts = [int(n.replace(",", "")) for n in re.findall(r">([\d,]+)</text>", drawn)]
+    left = [n for n, x in zip(counts, re.findall(r'x="(\d+)"[^>]*>[\d,]+</text>', drawn)) if int(x) < 424]
+    cfg = draw.default_run()
+    model = train_gpt2.new_model(cfg.recipe, vocab_size=257, **{name: getattr(cfg, name) for name in train_gpt2.SHAPE})
+    assert sum(left) == train_gpt2.num_params(model) == 446_080
 
 
 def test_the_words_have_the_numbers_of_the_default_run():
-    words = dict(re.findall(r"\*\*([\w ]+)\*\*: (.+?)(?: <br>| \|$)", README, re.M))
-    assert len(words) == 20
+    words = dict(re.findall(r"^\| \*\*([\w ]+)\*\* \| (.+?) \|$", README, re.M))
+    assert len(words) >= 20
     cfg = draw.default_run()
     enc = train_gpt2.get_tokenizer(cfg.tokenizer)
     (text,), (kept,) = train_gpt2.open_data(ROOT / "input.txt", enc)
