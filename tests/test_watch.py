@@ -41,7 +41,7 @@ def here(tmp_path_factory):
 @pytest.fixture
 def page(here, monkeypatch, capsys):
     def once(seconds):
-        assert seconds == 0, "the run is done, and the script goes on"
+        raise KeyboardInterrupt  # the user's Ctrl-C, after the first look
 
     def page(*flags, sleep=once):
         """Run the script; what it wrote, as a browser reads it."""
@@ -140,45 +140,31 @@ def test_it_shows_what_the_newest_checkpoint_writes(page, here, monkeypatch, cap
     assert text.startswith("model_00006.pt") and text.endswith(f"writes:\n{said}")
 
 
-def test_the_page_is_read_again_only_while_the_run_goes_on(page, here):
-    assert not [meta for meta in page("gpt2").all("meta") if "http-equiv" in meta]
-    log = here / "gpt2" / "log.txt"
+def test_the_page_follows_the_run_and_the_run_that_comes_after_it(page, here):
+    folder = shutil.copytree(here / "gpt2", here / "again")
+    log = folder / "log.txt"
     rows = log.read_text(encoding="utf-8")
     seen = []
 
     def sleep(seconds):
-        """The run goes on while the script sleeps: to step 7, half a row more; then it is over."""
-        seen.append((seconds, Page((here / "gpt2" / "watch.html").read_text(encoding="utf-8"))))
-        log.write_text(rows if len(seen) > 1 else rows + "6 train 5.250000\n7 tra", "utf-8")
-
-    log.write_text(rows + "6 train 5.500000\n", encoding="utf-8")
-    page("gpt2", sleep=sleep)
-    assert [seconds for seconds, _ in seen] == [5, 5, 0]
-    refresh = [[m["content"] for m in p.all("meta") if "http-equiv" in m] for _, p in seen]
-    assert refresh == [["5"], ["5"], []]
-    assert ["train: 5.5 at step 6" in p.text("p") for _, p in seen] == [True, False, False]
-    assert ["train: 5.25 at step 6" in p.text("p") for _, p in seen] == [False, True, False]
-
-
-def test_a_new_run_in_the_folder_takes_the_place_of_the_one_that_was_stopped(here, page):
-    folder = shutil.copytree(here / "gpt2", here / "again")
-    rows = (folder / "log.txt").read_text(encoding="utf-8")
-    (folder / "log.txt").write_text(rows + "6 train 5.500000\n", encoding="utf-8")
-    seen = []
-
-    def sleep(seconds):
+        """What happens to the folder between two looks."""
         seen.append(Page((folder / "watch.html").read_text(encoding="utf-8")))
-        if len(seen) == 1:  # a new run has moved it aside, and taken a step
+        if len(seen) == 1:  # a step more, and half a row
+            log.write_bytes(rows.encode() + b"6 train 5.500000\n7 tra\xff")
+        elif len(seen) == 2:  # a new run moves it all aside
             (folder / "earlier_run_1").mkdir()
-            for path in folder.glob("model_*.pt"):
+            for path in [log, *folder.glob("model_*.pt")]:
                 path.rename(folder / "earlier_run_1" / path.name)
-            (folder / "log.txt").write_text("0 train 5.250000\n", encoding="utf-8")
+        elif len(seen) == 3:  # and takes a step
+            log.write_text("0 train 5.250000\n", encoding="utf-8")
         else:
-            raise KeyboardInterrupt  # the user's Ctrl-C
+            raise KeyboardInterrupt
+        assert seconds == 5
 
-    with pytest.raises(SystemExit) as stop:
-        page("again", sleep=sleep)
-    assert stop.value.code == "interrupted" and "train: 5.25 at step 0" in seen[1].text("p")
+    page("again", sleep=sleep)
+    assert all("5" in [meta.get("content") for meta in p.all("meta")] for p in seen)
+    assert ["train: 5.5 at step 6" in p.text("p") for p in seen] == [False, True, True, False]
+    assert "train: 5.25 at step 0" in seen[3].text("p")
 
 
 def test_a_run_without_a_checkpoint_shows_its_losses_and_says_so(tmp_path, monkeypatch):
@@ -188,8 +174,7 @@ def test_a_run_without_a_checkpoint_shows_its_losses_and_says_so(tmp_path, monke
         raise KeyboardInterrupt  # the user's Ctrl-C
 
     monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=sleep))
-    with pytest.raises(KeyboardInterrupt):
-        watch.watch(tmp_path)
+    watch.watch(tmp_path)
     shown = Page((tmp_path / "watch.html").read_text(encoding="utf-8"))
     assert "No checkpoint yet" in shown.text("pre") and len(shown.all("circle")) == 1
 

@@ -1,11 +1,12 @@
 """See it learn: a web page without a server, one file, which a browser opens from the disk.
 
-    python tests/watch.py                   writes log/watch.html, every 5 seconds while a run goes
-                                            on: its losses, and what its newest checkpoint writes
+    python tests/watch.py                   writes log/watch.html, every 5 seconds until Ctrl-C:
+                                            a run's losses, and what its newest checkpoint writes
     python tests/watch.py --look "MIRA:"    writes log/look.html: point at a token, and see which
                                             others each head attends to, and what may come next
 """
 import argparse
+import contextlib
 import html
 import json
 import re
@@ -61,7 +62,7 @@ def load(folder):
 def write(path, *parts):
     """The page is complete before it takes its name: a browser may read it at any moment."""
     beside = path.with_suffix(".tmp")
-    beside.write_text("\n".join((HEAD, *parts)), encoding="utf-8")
+    beside.write_text("\n".join((HEAD, *parts)), encoding="utf-8", errors="replace")
     beside.replace(path)
 
 def curve(streams):
@@ -85,29 +86,32 @@ def curve(streams):
             "training.</p>")
 
 def watch(folder):
-    """Write watch.html every 5 seconds, until the run's last step has its checkpoint, and the log
-    no step after it."""
-    seen, done, sample = [], False, "No checkpoint yet."
+    """Write watch.html every 5 seconds, until Ctrl-C."""
+    seen, sample = [], "No checkpoint yet."
     print(f"open this in a browser: {(folder / 'watch.html').resolve().as_uri()}")
-    while not done:
-        streams = {}
-        log = (folder / "log.txt").read_text("utf-8")
-        for step, stream, value in re.findall(r"(?m)^(\d+) ([a-z]+) (-?\d+\.\d+)\n", log):
-            streams.setdefault(stream, []).append((int(step), float(value)))
-        newest = [(p, p.stat().st_mtime) for p in [*tg.checkpoints(folder).values()][-1:]]
-        if newest and newest != seen:
-            path, state, model, enc = load(folder)
-            cfg, seen = tg.TrainConfig(**state["config"]), newest
-            prompt = "\n" if enc.name == "byte" else "The first thing to know is"
-            sample = (f"{path.name} (the run is to have {cfg.max_steps} steps) writes:\n{prompt}"
-                      + "".join(tg.stream_text(model, enc, prompt, cfg, cfg.seed)))
-        done = seen and cfg.max_steps <= state["step"] > max(streams.get("train", [(0,)]))[0]
-        again = "" if done else '<meta http-equiv="refresh" content="5">'
-        table = "".join(f"<p>{name}: {rows[-1][1]} at step {rows[-1][0]}</p>"
-                        for name, rows in streams.items())
-        write(folder / "watch.html", again, f"<h2>{html.escape(str(folder))}</h2>", table,
-              curve(streams), f"<pre>{html.escape(sample)}</pre>")
-        time.sleep(0 if done else 5)
+    while True:
+        # A run may move its files aside or delete them at any moment. Then the next look will do.
+        with contextlib.suppress(OSError, tg.UserError):
+            streams = {}
+            log = (folder / "log.txt").read_text("utf-8", "replace")
+            for step, stream, value in re.findall(r"(?m)^(\d+) ([a-z]+) (-?\d+\.\d+)\n", log):
+                streams.setdefault(stream, []).append((int(step), float(value)))
+            newest = [(p, p.stat().st_mtime) for p in [*tg.checkpoints(folder).values()][-1:]]
+            if newest and newest != seen:
+                path, state, model, enc = load(folder)
+                cfg, seen = tg.TrainConfig(**state["config"]), newest
+                prompt = "\n" if enc.name == "byte" else "The first thing to know is"
+                sample = (f"{path.name} (the run is to have {cfg.max_steps} steps) writes:\n"
+                          + prompt + "".join(tg.stream_text(model, enc, prompt, cfg, cfg.seed)))
+            table = "".join(f"<p>{name}: {rows[-1][1]} at step {rows[-1][0]}</p>"
+                            for name, rows in streams.items())
+            write(folder / "watch.html", '<meta http-equiv="refresh" content="5">',
+                  f"<h2>{html.escape(str(folder))}</h2>", table, curve(streams),
+                  f"<pre>{html.escape(sample)}</pre>")
+        try:
+            time.sleep(5)
+        except KeyboardInterrupt:
+            return
 
 @torch.no_grad()
 def look(folder, text):
