@@ -37,7 +37,8 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
-    if "exercise" not in config.option.markexpr:
+    named = any("::test_exercise_" in str(argument) for argument in config.args)
+    if "exercise" not in config.option.markexpr and not named:
         exercises = [item for item in items if item.get_closest_marker("exercise")]
         config.hook.pytest_deselected(items=exercises)
         items[:] = [item for item in items if item not in exercises]

@@ -160,7 +160,7 @@ def test_exercise_06_forget_a_division(monkeypatch, tmp_path, capsys):
         loss[B], norm[B] = map(float, row.groups())
     for name, of in (("loss", loss), ("norm", norm)):
         need(abs(of[1] / of[4] - 4) < 0.04, f"In four passes the {name} is {of[1] / of[4]:.2f} "
-             "times as large as in one.", "in train(), which line makes a mean of a sum?")
+             "times as large as in one.", "in train(), which line divides? Both change with it.")
 
 
 @pytest.mark.exercise
@@ -228,6 +228,9 @@ def test_exercise_09_min_p_sampling():
              f"min_p={min_p}, temperature={temperature}, probabilities {probs.tolist()}:\n"
              f"drawn {found.tolist()}.",
              "each row has its own likeliest token, and the temperature comes first.")
+    kept = (shares(min_p=0.01, top_k=2) > 0).sum(1)
+    need(kept.max() == 2, f"With min_p and top_k=2, {kept.tolist()} tokens can be drawn.",
+         "min_p is one more condition, and takes nobody's place.")
     need(torch.equal(shares(), shares(min_p=0.0)), "Without min_p, sample() draws other tokens.",
          "the default is 0.")
 
@@ -328,7 +331,7 @@ def test_exercise_13_your_own_tokenizer():
              "for bytes, without any merges.")
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
     size = len(text.encode()) / len(train_gpt2.encode(text, enc))
-    need(size > 2, f"A token of input.txt is {size:.2f} bytes.",
+    need(size > 2.6, f"A token of input.txt is {size:.2f} bytes.",
          "1,000 times the most frequent pair, each time counted after the last merge.")
     lengths = sum(len(enc.decode_single_token_bytes(i)) == 1 for i in range(1257))
     need(lengths == 256, f"{lengths} tokens are one byte long.", "256 bytes come first.")
@@ -405,7 +408,7 @@ def test_exercise_16_how_sharp_can_a_head_be():
 
 
 @pytest.mark.exercise
-def test_exercise_17_muon_by_hand():
+def test_exercise_17_muon_by_hand(monkeypatch):
     """orthogonalize(g), a new function of train_gpt2.py: of a matrix, tall or wide or square, the
     orthogonal one with the same directions, by products of matrices. Singular values from 0.6 to
     1.3 instead of 1 are near enough."""
@@ -420,7 +423,11 @@ def test_exercise_17_muon_by_hand():
         for scale in (1e-3, 1e3):
             # Directions of sizes 1 to 0.1.
             g = scale * u @ torch.diag(torch.logspace(0, -1, n)) @ v.T
-            x = train_gpt2.orthogonalize(g.clone()).float()
+            with monkeypatch.context() as without:
+                for name in ("svd", "qr", "eigh"):
+                    without.delattr(torch.linalg, name)
+                without.delattr(torch, "svd")
+                x = train_gpt2.orthogonalize(g.clone()).float()
             need(x.shape == g.shape, f"{tuple(g.shape)} becomes {tuple(x.shape)}.",
                  "if you transpose a tall matrix, transpose it back.")
             inside = u.T @ x @ v  # diagonal, if the directions are the same
@@ -452,7 +459,7 @@ def test_each_exercise_is_open_and_says_what_is_missing(tmp_path):
     report = tmp_path / "report.xml"
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m",
                     "exercise", "--junitxml", report, ROOT / "tests" / "test_exercises.py"],
-                   cwd=tmp_path, env=environment(), capture_output=True, timeout=300)
+                   cwd=tmp_path, env=environment(PYTEST_ADDOPTS=""), capture_output=True, timeout=300)
     cases = list(ElementTree.parse(report).iter("testcase"))
     names = [case.get("name") for case in cases]
     assert [name[:17] for name in names] == [f"test_exercise_{n:02}_" for n in range(1, 19)]
