@@ -2,7 +2,7 @@
 
 Part I is the lecture: a complete training program, to be read from top to bottom in one sitting.
 What it calls and you have not read yet stands below, under a name that says what it does. Part II:
-what a long run needs. III: the command line. IV: since GPT-2, kept free. V: faster.
+what a long run needs. III: the command line. IV: what came after GPT-2. V: the same, faster.
 
     python train_gpt2.py                            a laptop: a small GPT learns to write plays
     python train_gpt2.py --prompt "MIRA:"           let that run's newest checkpoint speak
@@ -525,16 +525,19 @@ class Machine:
                 # Is there such a host at all? init_process_group() would try for half an hour.
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 store, rank, world_size = next(dist.rendezvous("env://"))
+                # torchrun starts dead processes again with the store that they had, where their
+                # addresses still stand. So each start has entries of its own. Several nodes may
+                # count their starts differently; README names a variable that helps there.
+                starts = "0"
                 if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                    # torchrun starts dead processes again with the store that they had, where their
-                    # addresses still stand. So each start has entries of its own. With several
-                    # nodes the count of starts may differ; README names a variable that helps.
-                    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                    starts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"start {starts}", store)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                         timeout=dist.default_pg_timeout)  # 30 minutes
             except (OSError, RuntimeError, ValueError) as e:
                 raise UserError(f"the processes do not find each other: {e}. Is MASTER_ADDR right, "
-                                "and MASTER_PORT not in use?") from None
+                                "and MASTER_PORT not in use? Restarts of several nodes need "
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") from None
 
     def sum(self, value, op=dist.ReduceOp.SUM):
         """The sum of a number, or of each number in a list, over all processes; or another op."""
@@ -1389,7 +1392,7 @@ class TrainConfig:
     separator        in a text: what stands between documents (nothing)
     tokenizer        gpt2 for shards and for GPT-2's weights, byte for a text
     recipe           gpt2, or modern: what has been found since
-    value_embeddings with modern: three more tables, of values; a fifth of the text less, no export
+    value_embeddings with modern: up to three more tables, of values; no export
     model            size: demo for a text, gpt2 for shards; or gpt2-medium, gpt2-large, gpt2-xl
     n_layer          override the model's depth
     n_head           override the model's heads
@@ -1606,8 +1609,8 @@ def check_and_share(cfg, looking):
     if cfg.total_batch_size is None:
         # 8 sequences, or the next number that all processes can share.
         cfg.total_batch_size = math.ceil(8 * cfg.seq_len / one_pass) * one_pass
-    require(cfg.recipe == "modern" or not cfg.value_embeddings,
-            "--value_embeddings is for --recipe modern")
+    require(not cfg.value_embeddings or cfg.recipe == "modern" and cfg.n_layer > 1,
+            "--value_embeddings is for --recipe modern, with 2 layers or more")
     require(cfg.seq_len <= cfg.block_size,
             f"--seq_len {cfg.seq_len}: the model's block_size is {cfg.block_size}")
     if not looking:
@@ -1917,10 +1920,10 @@ class ModernGPT(GPT):
     def value_embeddings(self, idx):
         """--value_embeddings (after arXiv:2410.17897 and modded-nanogpt). What attention hands over
         is computed from a token's vector, which has to serve for all else, too. In the first three
-        blocks and the last three, a value is in part a row of a table, the token's own: something
-        to be remembered and not computed. There are three tables; the last blocks read the first
-        ones' again. Gives for each block None, or the rows (B, T, C) and the shares of the value
-        and of the row, which are learnt."""
+        blocks and the last three (of fewer than six, the first half and the second), a value is in
+        part a row of a table, the token's own: something to be remembered and not computed. There
+        are three tables; the last blocks read the first ones' again. Gives for each block None, or
+        the rows (B, T, C) and the shares of the value and of the row, which are learnt."""
         rows = [table(idx) for table in self.value_tables]
         if not rows:
             return [None] * self.config.n_layer
@@ -1969,8 +1972,8 @@ class SharedMuon(torch.optim.Muon):
         return super().state_dict()
 
 def modern_optimizers(model, max_lr, weight_decay):
-    """Muon for the blocks, which are all matrices. AdamW for the two tables: a row is one token's
-    own, and Muon would move a rare token's as far as a frequent one's. The factors are measured."""
+    """Muon for the blocks, which are all matrices. AdamW for the tables: a row is one token's own,
+    and Muon would move a rare token's as far as a frequent one's. The factors are measured."""
     muon = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr}
     looked_up = [model.transformer.wte.weight, *model.value_tables.parameters()]
     tables = [{"params": looked_up, "max_lr": 7.5 * max_lr},

@@ -146,9 +146,10 @@ def test_it_is_looked_at_gone_on_from_and_not_exported(here, train, monkeypatch,
     assert not (here / "hf").exists()
 
 
-def test_it_is_for_the_modern_recipe(here, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [[], ["--recipe", "modern"]], ids=str)
+def test_it_is_for_the_modern_recipe_of_two_layers_or_more(here, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as stop:
-        run_here(monkeypatch, here, *TINY, "--value_embeddings", "--log_dir", "never")
-    assert stop.value.code == 2 and "--recipe modern" in capsys.readouterr().err
+        run_here(monkeypatch, here, *TINY, *flags, "--value_embeddings", "--log_dir", "never")  # TINY has one
+    assert stop.value.code == 2 and "--recipe modern, with 2 layers" in capsys.readouterr().err
     with pytest.raises(train_gpt2.UserError, match="value"):
         train_gpt2.export(ModernGPT(CONFIG, True), get_tokenizer("byte"), here / "hf", "")
