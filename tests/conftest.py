@@ -21,7 +21,17 @@ if (ROOT.parent / "shared" / "tiktoken").is_dir():
 def pytest_configure(config):
     config.addinivalue_line("markers", "lesson: of the steps 01 to 24, and starts no process (set by conftest.py)")
     config.addinivalue_line("markers", "process: starts a process")
+    config.addinivalue_line("markers", "vocabulary: needs GPT-2's, from the disk or the network; skipped without")
     config.addinivalue_line("markers", "exercise: of README's exercises, red until solved; only with -m exercise")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vocabulary"):
+        import train_gpt2
+        try:
+            train_gpt2.get_tokenizer("gpt2")
+        except train_gpt2.UserError as e:
+            pytest.skip(str(e))
 
 
 @pytest.hookimpl(tryfirst=True)

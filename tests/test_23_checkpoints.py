@@ -212,7 +212,8 @@ def test_eval_only_prints_the_last_validation_of_the_run(train, whole):
 @pytest.mark.parametrize("flags, named", [
     (["--n_embd", 64], "--n_embd 64"), (["--n_layer", 2], "--n_layer 2"),
     (["--n_head", 4], "--n_head 4"), (["--block_size", 64], "--block_size 64"),
-    (["--tokenizer", "gpt2"], "the tokenizer gpt2 has 50257: see --tokenizer"), (["--seq_len", 16], "--seq_len 16"),
+    pytest.param(["--tokenizer", "gpt2"], "the tokenizer gpt2 has 50257: see --tokenizer", marks=pytest.mark.vocabulary),
+    (["--seq_len", 16], "--seq_len 16"),
     (["--model", "gpt2"], "--n_layer 12"),
     (["--model", "demo", "--n_layer", 1, "--n_head", 2], "--n_embd 128")], ids=str)
 def test_resume_refuses_another_shape_and_another_tokenizer(train, capsys, cut_off, flags, named):

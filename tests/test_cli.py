@@ -180,6 +180,7 @@ def test_of_what_does_not_train_one_thing_at_a_time(monkeypatch, capfd, here, fl
     assert not (here / "folder").exists()
 
 
+@pytest.mark.vocabulary
 @pytest.mark.parametrize("data, found", [
     ("no_shards", (0, 0)), ("texts", (0, 0)), ("odd_names", (0, 0)), ("only_train", (1, 0))])
 def test_a_folder_without_shards_is_refused_with_what_was_looked_for(monkeypatch, capfd, here, data,
@@ -192,6 +193,7 @@ def test_a_folder_without_shards_is_refused_with_what_was_looked_for(monkeypatch
         assert "found {} and {}".format(*found) in err
 
 
+@pytest.mark.vocabulary
 def test_the_command_that_a_folder_of_texts_is_told_makes_shards(monkeypatch, capfd, here, tmp_path):
     (tmp_path / "my texts").mkdir()
     for i in range(3):

@@ -520,6 +520,7 @@ def test_an_adapter_is_to_be_merged_first(refused, tmp_path):
     assert "merge" in refused("--init_from", tmp_path, "--prompt", "x")
 
 
+@pytest.mark.vocabulary
 def test_a_data_set_folder_is_told_how_it_becomes_shards(refused, tmp_path):
     import datasets
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
@@ -527,6 +528,7 @@ def test_a_data_set_folder_is_told_how_it_becomes_shards(refused, tmp_path):
     assert "fineweb.py" in line and "to_json" in line
 
 
+@pytest.mark.vocabulary
 def test_a_vocabulary_that_no_tokenizer_has_is_not_blamed_on_a_flag_that_nobody_gave(refused, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300)).save_pretrained(tmp_path / "hf")
@@ -542,6 +544,7 @@ def test_more_steps_that_change_the_rate_say_so(train, log_dir):
     assert err.count("\n") == 1 and "learning rate" in err
 
 
+@pytest.mark.vocabulary
 def test_an_empty_path_is_not_the_default_one(refused):
     assert "--data" in refused(*RUN, "--data", "", "--log_dir", "empty")
 

@@ -280,6 +280,7 @@ def test_a_sample_is_escaped_too(page, monkeypatch):
     assert shown.text("pre").endswith("writes:\n\n</pre><b>&amp;é") and not shown.all("b")
 
 
+@pytest.mark.vocabulary
 def test_gpt2s_tokens_may_be_half_characters_and_words(here, monkeypatch, capsys):
     flags = [*RUN[:-2], "--tokenizer", "gpt2", "--max_steps", "2", "--log_dir", "words"]
     run_here(monkeypatch, here, *flags)
