@@ -184,6 +184,21 @@ def parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def losses_of(log_dir):
+    """The values of log.txt, in its order."""
+    return [float(row.split()[2]) for row in (log_dir / "log.txt").read_text().splitlines()]
+
+
+def assert_they_say_the_same(models, cwd, monkeypatch, capsys):
+    """--init_from each of the models, and the same seed, give the same text."""
+    capsys.readouterr()
+    said = []
+    for model in models:
+        run_here(monkeypatch, cwd, "--init_from", model, "--prompt", "MIRA:", "--max_new_tokens", "30")
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1 and said[0].startswith("MIRA:")
+
+
 @contextlib.contextmanager
 def serving(name, cwd):
     """The address of `transformers serve NAME` on loopback; a skip where that is not installed."""

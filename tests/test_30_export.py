@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_gpt2
-from common import TINY, completion, environment, generate, run, run_here, serving, short_text, talkative
+from common import (TINY, assert_they_say_the_same, completion, environment, generate, run, run_here, serving, short_text,
+                    talkative)
 from train_gpt2 import GPT, GPTConfig, UserError, get_tokenizer, load_checkpoint
 
 HARD = ["", "hello  world\n\n", "naïve 你好 🙂\r\n\t x", "it's we'LL 'tis", "\x00\x1c\xa0\u3000", "x" * 300,
@@ -101,12 +102,7 @@ def test_the_training_text_need_not_be_there_any_more(here, tmp_path):
 
 
 def test_init_from_the_folder_speaks_as_the_checkpoint_does(here, monkeypatch, capsys):
-    capsys.readouterr()
-    said = []
-    for model in ("my_model", "log/model_00200.pt"):
-        run_here(monkeypatch, here, "--init_from", model, "--prompt", "MIRA:", "--max_new_tokens", "30")
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and said[0].startswith("MIRA:")
+    assert_they_say_the_same(("my_model", "log/model_00200.pt"), here, monkeypatch, capsys)
 
 
 def test_it_loads_where_there_is_nothing_but_transformers(here):

@@ -6,7 +6,7 @@ import torch
 
 import hellaswag
 import train_gpt2
-from common import ROOT, TINY, randomise, ranks, run_here, short_text
+from common import ROOT, TINY, losses_of, randomise, ranks, run_here, short_text
 from train_gpt2 import GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers
 
 MODERN = [*TINY, "--recipe", "modern", "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
@@ -24,10 +24,6 @@ def train(here, monkeypatch, capsys):
         run_here(monkeypatch, here, *MODERN, *flags)
         return capsys.readouterr()
     return train
-
-
-def losses_of(log_dir):
-    return [float(row.split()[2]) for row in (log_dir / "log.txt").read_text().splitlines()]
 
 
 def test_a_step_is_the_orthogonal_matrix_nearest_to_the_momentum():

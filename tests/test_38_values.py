@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import train_gpt2
-from common import TINY, generate, naive, randomise, ranks, run_here, short_text
+from common import TINY, generate, losses_of, naive, randomise, ranks, run_here, short_text
 from train_gpt2 import (GPTConfig, ModernGPT, TrainConfig, attention, faster_classes, flops_per_token,
                         get_tokenizer, load_checkpoint, modern_optimizers, num_params, swap_classes)
 
@@ -26,10 +26,6 @@ def train(here, monkeypatch, capsys):
         run_here(monkeypatch, here, *MODERN, *flags)
         return capsys.readouterr()
     return train
-
-
-def losses_of(log_dir):
-    return [float(row.split()[2]) for row in (log_dir / "log.txt").read_text().splitlines()]
 
 
 def by_hand(model, idx):

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatConfig, NanoChatForCausalLM
 
 import train_gpt2
-from common import TINY, completion, generate, randomise, run_here, serving, short_text
+from common import TINY, assert_they_say_the_same, completion, generate, randomise, run_here, serving, short_text
 from train_gpt2 import GPTConfig, ModernGPT, UserError, get_tokenizer
 
 CONFIG = GPTConfig(block_size=64, vocab_size=257, n_layer=3, n_head=2, n_embd=48)
@@ -63,12 +63,7 @@ def test_a_run_is_exported_spoken_with_and_gone_on_from(tmp_path, monkeypatch, c
     short_text(tmp_path)
     run_here(monkeypatch, tmp_path, *TINY, "--recipe", "modern", "--max_steps", "60", "--sample_every", "0")
     run_here(monkeypatch, tmp_path, "--export", "my_model")
-    capsys.readouterr()
-    said = []
-    for model in ("my_model", "log/model_00060.pt"):
-        run_here(monkeypatch, tmp_path, "--init_from", model, "--prompt", "MIRA:", "--max_new_tokens", "30")
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and said[0].startswith("MIRA:")
+    assert_they_say_the_same(("my_model", "log/model_00060.pt"), tmp_path, monkeypatch, capsys)
     run_here(monkeypatch, tmp_path, "--init_from", "my_model", "--max_steps", "2", "--log_dir", "tuned", "--device", "cpu",
              "--sample_every", "0")
     state = train_gpt2.load_checkpoint(tmp_path / "tuned" / "model_00002.pt")
