@@ -56,3 +56,27 @@ def test_the_faster_loss_is_the_loss_and_so_are_its_gradients(skipped):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for (name, a), b in zip(plain.named_parameters(), faster.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_queries_keys_and_values_are_one_product(recompute):
+    plain, faster = (randomise(ModernGPT(CONFIG), std=0.5) for _ in range(2))
+    swap_classes(faster, faster_classes(TrainConfig(checkpoint_activations=recompute)))
+    products = {}
+    for name, model in ("plain", plain), ("faster", faster):
+        sizes = products.setdefault(name, [])
+
+        def count(graph, inputs):
+            # Each product's columns, wherever it stands: recomputed blocks are graphs of their own.
+            for part in graph.modules():
+                for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else []:
+                    if node.target in (F.linear, torch._C._nn.linear):
+                        sizes.append(node.meta["example_value"].size(-1))
+            return graph
+
+        idx = torch.arange(16)[None]
+        torch._dynamo.reset()
+        loss = torch.compile(model, backend=count)(idx, idx)
+        torch.testing.assert_close(loss, model(idx, idx), rtol=1e-5, atol=1e-5)
+    assert len(products["plain"]) == 2 * 6 + 1 and 96 not in products["plain"]
+    assert len(products["faster"]) == 2 * 4 + 1 and products["faster"].count(96) == 2
