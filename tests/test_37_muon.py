@@ -7,7 +7,8 @@ import torch
 import hellaswag
 import train_gpt2
 from common import ROOT, TINY, losses_of, randomise, ranks, run_here, short_text
-from train_gpt2 import GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers
+from train_gpt2 import (GPTConfig, ModernGPT, SharedMuon, load_checkpoint, modern_optimizers,
+                        newton_schulz)
 
 MODERN = [*TINY, "--recipe", "modern", "--sample_every", "0", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
 CONFIG = GPTConfig(block_size=16, vocab_size=41, n_layer=2, n_head=2, n_embd=32)
@@ -37,6 +38,37 @@ def test_a_step_is_the_orthogonal_matrix_nearest_to_the_momentum():
     values = torch.linalg.svdvals(step)
     assert 0.6 < values.min() and values.max() < 1.3
     assert torch.diag(u.T @ step @ vt.T).min() > 0.6
+
+
+def test_matrices_side_by_side_are_as_pytorchs_muon_has_them_one_by_one():
+    ours, theirs = (randomise(ModernGPT(CONFIG)) for _ in range(2))
+    muon, _ = modern_optimizers(ours, 0.02, 0.1)
+    blocks = list(theirs.transformer.h.parameters())
+    other = torch.optim.Muon(blocks, lr=0.02, weight_decay=0.1, momentum=0.85)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for a, b in zip(ours.transformer.h.parameters(), blocks):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        muon.step()
+        other.step()
+        other.param_groups[0]["momentum"] += 0.1 / 300
+    for (name, a), b in zip(ours.transformer.h.named_parameters(), blocks):
+        # Products are in bfloat16; a step moves a number by about 0.004.
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
+        mean = muon.state[a]["momentum_buffer"]
+        torch.testing.assert_close(mean, other.state[b]["momentum_buffer"], msg=name)
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (24, 16), (16, 24)])
+def test_newton_schulz_keeps_directions_and_makes_them_alike(rows, columns):
+    """From 0.002 of the whole on; beside it, a matrix of noughts stays one, and disturbs nobody."""
+    g = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    g = 1e-3 * u @ torch.diag(torch.logspace(0, -2.4, 16)) @ vt  # the smallest has 0.002 of the norm
+    x, nought = newton_schulz(torch.stack((g, torch.zeros_like(g)))).float()
+    sizes = (u.T @ x @ vt.T).diag()
+    assert 0.6 < sizes.min() and sizes.max() < 1.3 and not nought.any()
 
 
 def test_blocks_have_muon_tables_have_adamw_and_all_have_one():
