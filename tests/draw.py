@@ -1,9 +1,12 @@
-"""Draw the model into assets/model.svg: python tests/draw.py
+"""Draw the README's pictures, assets/model.svg and assets/curves.png: python tests/draw.py
 
-The names, their order, the shapes and the numbers of parameters are what one forward pass of the
+The model: the names, their order, the shapes and the numbers of parameters are what one forward pass of the
 default run's model reports. In that model T and C are both 128; which is which is seen in a second
 pass, of a small model whose sizes are all different.
+
+The curves: the logs of the long runs, assets/run/*.txt, by the tokens read and by the clock.
 """
+import hashlib
 import math
 import sys
 import tempfile
@@ -224,5 +227,65 @@ def svg():
     return "\n".join([*draw.parts, "</svg>", ""])
 
 
+RUNS = {"gpt2": "tab:blue", "modern_third": "tab:green", "modern": "tab:orange"}
+TOKENS_A_STEP = 524_288  # of these runs
+
+
+def read_log(name):
+    """{stream: {step: value}} of assets/run/NAME.txt."""
+    streams = {}
+    for row in (ROOT / f"assets/run/{name}.txt").read_text(encoding="utf-8").splitlines():
+        step, stream, value = row.split()
+        streams.setdefault(stream, {})[int(step)] = float(value)
+    return streams
+
+
+def fingerprint():
+    """Of the logs, whatever their line ends: the picture says from which it was drawn."""
+    texts = [(ROOT / f"assets/run/{name}.txt").read_text(encoding="utf-8") for name in RUNS]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def curves():
+    """The long runs: val loss and HellaSwag, over tokens and over minutes, as a figure."""
+    from matplotlib.figure import Figure  # not needed for the model's drawing
+
+    figure = Figure(figsize=(12, 11), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for name, color in RUNS.items():
+        log = read_log(name)
+        dashed = "--" if name == "modern_third" else "-"
+        how = dict(color=color, ls=dashed, marker="o", ms=7, lw=3, label=name, zorder=3)
+        for row, stream in zip(axes, ("val", "hella")):
+            steps, values = list(log[stream]), list(log[stream].values())
+            row[0].plot([step * TOKENS_A_STEP / 1e9 for step in steps], values, **how)
+            row[1].plot([log["minutes"][step] for step in steps], values, **how)
+        axes[0, 0].plot([step * TOKENS_A_STEP / 1e9 for step in log["train"]],
+                        list(log["train"].values()), color=color, lw=1, alpha=0.5)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=19)
+    for axis in axes[1]:
+        error = (0.25 * 0.75 / 10_042) ** 0.5  # a guess's, for so many questions
+        axis.axhspan(0.25 - error, 0.25 + error, color="gray", alpha=0.15, lw=0)
+        axis.axhline(0.25, color="gray", ls=":", lw=2.5)
+        axis.axhline(0.2955, color="gray", ls="--", lw=2.5)  # hellaswag.py
+    axes[1, 0].text(0.02, 0.2962, "OpenAI's GPT-2", size=18, color="dimgray")
+    axes[1, 0].text(0.86, 0.2492, "chance", size=18, color="dimgray", va="top", ha="right")
+    for words, where, at in (("one of four\nprocesses\nis killed", (5.4, 3.73), (4.3, 4.6)),
+                             ("stopped\nand\nresumed", (9.5, 3.47), (8.5, 4.1))):
+        axes[0, 1].annotate(words, where, at, size=18, arrowprops=dict(arrowstyle="->", lw=2))
+    axes[0, 0].set(ylim=(2.7, 5.6))
+    axes[1, 0].set(ylim=(0.235, 0.302))
+    axes[0, 0].set_ylabel("val loss (thin: train)", size=21)
+    axes[1, 0].set_ylabel("HellaSwag, acc_norm", size=21)
+    axes[1, 0].set_xlabel("tokens read, billions", size=21)
+    axes[1, 1].set_xlabel("minutes on 4 x H200", size=21)
+    axes[0, 0].legend(fontsize=19)
+    figure.suptitle("GPT-2 124M on English books", size=23)
+    return figure
+
+
 if __name__ == "__main__":
+    curves().savefig(ROOT / "assets/curves.png", metadata={"Source": fingerprint()})
     (ROOT / "assets/model.svg").write_text(svg(), encoding="utf-8", newline="\n")

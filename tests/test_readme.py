@@ -130,7 +130,7 @@ def test_the_words_have_the_numbers_of_the_default_run():
 def test_the_hours_on_a_gpu_follow_from_its_peak_or_from_what_was_measured():
     rows = re.findall(r"^\| ([\w ]+) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| "
                       r"(computed|.*?([\d.]+) (k|M) tokens/s)", README, re.M)
-    assert len(rows) == 8
+    assert len(rows) == 9
     with torch.device("meta"):
         flops = train_gpt2.flops_per_token(train_gpt2.GPT(train_gpt2.GPTConfig()), 1024)
     factors = re.search(r"is that of `gpt2` x ([\d.]+) x ([\d.]+):", README)
@@ -140,12 +140,114 @@ def test_the_hours_on_a_gpu_follow_from_its_peak_or_from_what_was_measured():
         peak = float(peak.replace(",", "")) / int(cards or 1)
         assert train_gpt2.PEAK_TFLOPS.get(name, peak) == pytest.approx(peak, abs=0.05)
         tokens = 0.48 * peak * 1e12 / flops
-        if how != "computed":  # 8 cards: four times two
-            tokens = float(speed) * {"k": 1e3, "M": 1e6}[unit] * (4 if cards else 1)
+        if how != "computed":
+            times = 4 if how.startswith("four times") else 1
+            tokens = float(speed) * {"k": 1e3, "M": 1e6}[unit] * times
         takes = 10e9 / tokens / 3600
         for shown, true in ((hours, takes), (modern, takes * share * longer)):
             digits = len(shown.partition(".")[2])
             assert float(shown) == pytest.approx(true, abs=0.51 / 10 ** digits), (gpu, shown, true)
+
+
+LONG = {name: draw.read_log(name) for name in draw.RUNS}
+LONG_README = (ROOT / "assets/run/README.md").read_text(encoding="utf-8")
+
+
+def step_after(tokens):
+    """The validated step after so many million tokens, which are rounded."""
+    millions = {round(step * draw.TOKENS_A_STEP / 1e6): step for step in range(0, 1601, 80)}
+    return millions[int(tokens)]
+
+
+def cells(text, first):
+    """The rows of the table whose first row begins with these words, as lists of words."""
+    table = text[text.index(f"\n| {first}") + 1:].split("\n\n")[0].splitlines()
+    rows = [row.strip("|").split("|") for row in table if "---" not in row]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def shows(shown, true):
+    return float(shown) == pytest.approx(true, abs=0.51 / 10 ** len(shown.partition(".")[2]))
+
+
+def test_the_logs_of_the_long_runs_are_whole():
+    every = {"gpt2": (1600, 160, 320), "modern_third": (480, 80, 240), "modern": (1600, 160, 320)}
+    for name, (end, evals, scores) in every.items():
+        path = ROOT / f"assets/run/{name}.txt"
+        rows = [row.split() for row in path.read_text(encoding="utf-8").splitlines()]
+        assert path.stat().st_size < 200_000 and all(len(row) == 3 for row in rows)
+        vals, hellas = range(0, end + 1, evals), range(0, end + 1, scores)
+        for stream, steps in {"train": [*range(0, end, 10), end - 1], "val": vals, "minutes": vals,
+                              "hella": hellas}.items():
+            found = [int(step) for step, its, _ in rows if its == stream]
+            if name == "modern":  # the first 240 steps are those of modern_third, one validation more
+                found = [step for step in found if step != 80 or stream == "train"]
+            assert found == list(steps), (name, stream)
+        minutes = list(LONG[name]["minutes"].values())
+        assert minutes == sorted(minutes)
+    shared = [step for step in LONG["modern"]["train"] if step <= 240]
+    assert len(shared) == 25
+    modern, third = LONG["modern"]["train"], LONG["modern_third"]["train"]
+    assert all(modern[step] == third[step] for step in shared)
+
+
+def test_the_numbers_of_the_long_runs_are_those_of_their_logs():
+    runs = cells(LONG_README, "log | flags")[1:]
+    assert len(runs) == 3
+    for name, _, steps, tokens, *_, val, hella in runs:
+        log = LONG[re.match(r"\[(\w+)", name)[1]]
+        end = int(steps.replace(",", ""))
+        assert max(log["val"]) == end == step_after(tokens.split()[0])
+        assert shows(val, log["val"][end]) and shows(hella, log["hella"][end])
+    table = cells(LONG_README, "tokens | val loss, gpt2")[1:]
+    assert len(table) == 11
+    for tokens, *values in table:
+        step = step_after(tokens.split()[0])
+        columns = zip(("gpt2", "modern") * 2, ("val", "val", "hella", "hella"))
+        for shown, (name, stream) in zip(values, columns, strict=True):
+            assert bool(shown) == (step in LONG[name][stream]), (step, stream)
+            assert not shown or shows(shown, LONG[name][stream][step]), (step, name, shown)
+    for step, _, after in cells(LONG_README, "step | loss before")[1:]:
+        assert shows(after, LONG["gpt2"]["train"][int(step)])
+
+
+def test_the_readme_says_of_the_long_runs_what_their_logs_say():
+    head, *lines = cells(README, "tokens | 0 | 84 M")
+    assert len(lines) == 2
+    for name, line in zip(("gpt2", "modern"), lines):
+        assert f"`{name}`" in line[0]
+        for tokens, shown in zip(head[1:], line[1:], strict=True):
+            assert shows(shown, LONG[name]["val"][step_after(tokens.split()[0])]), (name, tokens)
+    row = re.search(r"^\| GPT-2's size, the same books.*", README, re.M).group()
+    claims = re.findall(r"(\d\.\d+) after (\d+) M", row)
+    for (shown, tokens), name in zip(claims, ("gpt2", "modern_third", "modern"), strict=True):
+        val = LONG[name]["val"]
+        assert max(val) == step_after(tokens) and shows(shown, val[max(val)]), name
+    scores = re.search(r"After (\d+) M tokens `gpt2` had ([\d.]+) and `modern` ([\d.]+):", README)
+    for name, shown in zip(("gpt2", "modern"), scores.groups()[1:]):
+        assert shows(shown, LONG[name]["hella"][step_after(scores[1])])
+    tokens, loss, below, end = re.search(
+        r"after (\d+) M of them `modern` was at ([\d.]+), ([\d.]+) below where `gpt2` ended after "
+        r"(\d+) M",
+        README).groups()
+    third, gpt2 = LONG["modern_third"]["val"][step_after(tokens)], LONG["gpt2"]["val"][step_after(end)]
+    assert shows(loss, third) and shows(below, gpt2 - third)
+    share = float(re.search(r"is that of `gpt2` x ([\d.]+) x", README)[1])
+    assert share == pytest.approx(step_after(tokens) / step_after(end))
+
+
+def test_the_curves_are_drawn_from_the_logs_as_they_are():
+    png = (ROOT / "assets/curves.png").read_bytes()
+    assert int.from_bytes(png[16:20], "big") >= 1200
+    assert draw.fingerprint().encode() in png, "python tests/draw.py"
+    pytest.importorskip("matplotlib")
+    axes = draw.curves().axes
+    for axis, stream in zip(axes, ("val", "val", "hella", "hella")):
+        ends = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+        for name, log in LONG.items():
+            assert ends[name] == list(log[stream].values())[-1]
+    assert [line.get_xdata()[-1] for line in axes[0].lines if line.get_label() in LONG] == \
+        [max(log["val"]) * draw.TOKENS_A_STEP / 1e9 for log in LONG.values()]
 
 
 def test_each_question_of_the_guide_has_its_place():
