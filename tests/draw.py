@@ -1,8 +1,8 @@
 """Draw the README's pictures, assets/model.svg and assets/curves.png: python tests/draw.py
 
-The model: the names, their order, the shapes and the numbers of parameters are what one forward pass of the
-default run's model reports. In that model T and C are both 128; which is which is seen in a second
-pass, of a small model whose sizes are all different.
+The model: the names, their order, the shapes and the numbers of parameters are what one forward
+pass of the default run's model reports. In that model T and C are both 128; which is which is seen
+in a second pass, of a small model whose sizes are all different.
 
 The curves: the logs of the long runs, assets/run/*.txt, by the tokens read and by the clock.
 """
@@ -287,5 +287,5 @@ def curves():
 
 
 if __name__ == "__main__":
-    curves().savefig(ROOT / "assets/curves.png", metadata={"Source": fingerprint()})
     (ROOT / "assets/model.svg").write_text(svg(), encoding="utf-8", newline="\n")
+    curves().savefig(ROOT / "assets/curves.png", metadata={"Source": fingerprint()})
