@@ -1779,27 +1779,31 @@ def main():
 # ==================================================================================================
 # PART IV: SINCE GPT-2
 #
-# GPT-2 is of 2019. With what has been found since, a quarter of the text is enough for its loss:
-# --recipe modern. Each idea is a commit, with what it brought: 31 to 38 of git log --reverse. Here
-# are a second model, which keeps GPT-2's plan and what is not named below; its optimisers; and its
-# learning rate.
+# GPT-2 is of 2019. With what has been found since, a quarter to a third of the text is enough for
+# its loss: --recipe modern. Each idea is a commit, with what it brought: those that git log
+# --reverse --grep "^3[1-8]:" shows. Here are a second model, which keeps GPT-2's plan but for what
+# is named below, and has half as many heads, each twice as wide; its optimisers; and its learning
+# rate.
 # --------------------------------------------------------------------------------------------------
 # 15. A model of today
 
 def rms_norm(x):
-    """RMSNorm (arXiv:1910.07467): x (..., C) divided by the root of the mean of its squares. That
-    is what LayerNorm is needed for; without mean, factors and offsets, nothing is lost."""
+    """RMSNorm (arXiv:1910.07467): x (..., C) divided by the root of the mean of its squares. So its
+    numbers are about 1, and that is what LayerNorm was needed for. To subtract the mean, and to
+    learn factors and offsets, brings nothing more."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 def linear(a, b):
     return nn.Linear(a, b, bias=False)
 
 class Rotary(nn.Module):
-    """Rotary positions (RoPE, arXiv:2104.09864), instead of the table wpe. Two numbers of a vector
-    are a point in the plane, which is turned by an angle that grows with the position. If query and
-    key are both turned, their dot product depends on the difference of the angles: on how far apart
-    two tokens are, wherever they stand. Each pair has a speed of its own, from 1 radian a token,
-    for what is near, to 1 / 10,000."""
+    """Rotary positions (RoPE, arXiv:2104.09864), instead of the table wpe. Number i of a vector and
+    number i + hs / 2 are a point in the plane, which is turned by an angle that grows with the
+    position. Two points that are turned by the same angle keep their dot product. So that of a
+    query and a key depends on the difference of their angles: on how far apart two tokens are,
+    wherever they stand. Each pair has a speed of its own. The fastest turns by 1 radian a token; it
+    is round after 6 tokens, and tells near neighbours apart. The slowest turns by about 1 / 10,000,
+    and tells far from farther."""
     def __init__(self, config):
         super().__init__()
         hs = config.n_embd // config.n_head
@@ -1814,15 +1818,18 @@ class Rotary(nn.Module):
         cos = self.cos[pos].to(x.dtype)  # (T, hs / 2)
         sin = self.sin[pos].to(x.dtype)
         a, b = x.chunk(2, dim=-1)  # the points are (a[i], b[i])
+        # Clockwise, which is as good as the other way, as queries and keys are turned alike.
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 class ModernAttention(CausalSelfAttention):
     """Without biases, here and in all layers below: they bring nothing."""
     def __init__(self, config):
+        # Not super().__init__(), which would make part I's layers.
         nn.Module.__init__(self)
         C = config.n_embd
         self.n_head = config.n_head
-        # Three matrices instead of c_attn: for Muon, below, each is one of its own.
+        # Three matrices instead of c_attn: Muon, below, takes a matrix as a whole, and what is
+        # looked for, offered and handed over are three things.
         self.c_q = linear(C, C)
         self.c_k = linear(C, C)
         self.c_v = linear(C, C)
@@ -1833,8 +1840,9 @@ class ModernAttention(CausalSelfAttention):
         return self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, C) each
 
     def heads(self, x, pos=None, e=None):
-        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ...; e: what to mix with
-        their values, see ModernGPT.value_embeddings."""
+        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ... With
+        --value_embeddings, e is a pair: rows (B, T, C) to mix with the values, and the two shares;
+        see ModernGPT.value_embeddings."""
         B, T, C = x.size()
         if pos is None:
             pos = torch.arange(T, device=x.device)
@@ -1843,9 +1851,11 @@ class ModernAttention(CausalSelfAttention):
         if e is not None:
             rows, shares = e
             rows = rows.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+            # Shares and rows are float32, where matmuls are in 16 bits, too.
             v = (shares[0] * v + shares[1] * rows).to(q.dtype)
-        # QK-norm (arXiv:2010.04245): queries and keys have the length sqrt(hs), so no score is over
-        # sqrt(hs), and no head gets stuck on one token, however large c_q and c_k grow.
+        # QK-norm (arXiv:2010.04245): queries and keys get the length sqrt(hs). A dot product is at
+        # most the product of the lengths, hs, and attention divides it by sqrt(hs): no score is
+        # over sqrt(hs), and no head gets stuck on one token, however large c_q and c_k grow.
         return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), v
 
     def forward(self, x, e=None):
@@ -1876,15 +1886,18 @@ class ModernBlock(Block):
         return x
 
 class SoftcappedHead(nn.Linear):
-    """Logits from -15 to 15 (arXiv:2408.00118): tanh bends what would go further, so that the model
-    cannot be surer than it should."""
+    """Logits from -15 to 15 (arXiv:2408.00118). 15 tanh(x / 15) is about x where x is small, and
+    never beyond 15: sure enough, as exp(15) is 3 million, and no odd text can drive a logit on and
+    on."""
     def forward(self, x):
         return 15 * torch.tanh(super().forward(x).float() / 15)
 
 class ModernGPT(GPT):
     """With an lm_head of its own, not wte: a token to read and a token to foretell are two things.
     Zero are, at first, lm_head and each c_proj, so that each block adds nothing to the stream and
-    all tokens are equally probable: what is learnt need not first undo what was random."""
+    all tokens are equally probable: what is learnt need not first undo what was random. They do not
+    stay zero: in the first step lm_head has a gradient, in the second wte and each c_proj, too, and
+    in the third all parameters."""
     def __init__(self, config, value_embeddings=False):
         nn.Module.__init__(self)
         check_shape(config)
@@ -1910,7 +1923,7 @@ class ModernGPT(GPT):
             elif name == "value_shares":
                 nn.init.constant_(p, 0.5)
             else:
-                # A sum of n_embd products is as large as one of them then.
+                # Of numbers of about 1, a sum of n_embd products with these is about 1 again.
                 nn.init.normal_(p, std=1 / math.sqrt(config.n_embd))
 
     def trunk(self, idx):
@@ -1921,12 +1934,13 @@ class ModernGPT(GPT):
         return self.transformer.ln_f(x)
 
     def value_embeddings(self, idx):
-        """--value_embeddings (after arXiv:2410.17897 and modded-nanogpt). What attention hands over
-        is computed from a token's vector, which has to serve for all else, too. In the first three
-        blocks and the last three (of fewer than six, the first half and the second), a value is in
-        part a row of a table, the token's own: something to be remembered and not computed. There
-        are three tables; the last blocks read the first ones' again. Gives for each block None, or
-        the rows (B, T, C) and the shares of the value and of the row, which are learnt."""
+        """--value_embeddings (after arXiv:2410.17897 and modded-nanogpt). A value, what attention
+        hands over, is computed from the token's vector, which has to serve for all else, too. Here
+        a part of it need not be computed: it is remembered, as a table's row for this token, in
+        the first three blocks and the last three (of fewer than six, the first half and the
+        second). There are three tables; the last blocks read the first ones' again. Gives for each
+        block None, or the rows (B, T, C) and the shares of the value and of the row: each 0.5 at
+        first, and then learnt."""
         rows = [table(idx) for table in self.value_tables]
         if not rows:
             return [None] * self.config.n_layer
@@ -1939,13 +1953,17 @@ class ModernGPT(GPT):
 
 def newton_schulz(g):
     """Matrices g (n, rows, columns), each with its singular values brought near 1. By the singular
-    value decomposition g is U S V^T, a sum of directions, and S, all positive, says how large each
-    is. g g^T g is U S^3 V^T: products change S and leave the directions. So the polynomial below
-    does to each number of S what it does to a number: after five times, all that were between 0.002
-    and 1 are between 0.68 and 1.21."""
+    value decomposition a matrix is U S V^T. The columns of U and of V are directions: of length 1
+    and at right angles, so that U^T U and V^T V are 1. S is diagonal, and says how large each
+    direction is. In g g^T g = U S V^T V S U^T U S V^T the middle drops out, which leaves U S^3 V^T:
+    such products change S and keep the directions. So the polynomial below does to each number of S
+    what it does to a number: after five times, all that were between 0.002 and 1 are between 0.68
+    and 1.21."""
     tall = g.size(1) > g.size(2)
     x = (g.mT if tall else g).bfloat16()  # with fewer rows than columns, x x^T is the small product
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no number of S is over 1
+    # The norm is the root of the sum of all squares, of g's numbers as of S's. So none of S is over
+    # 1 then.
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         # x becomes 3.4445 x - 4.775 x x^T x + 2.0315 x x^T x x^T x. baddbmm(c, a, b) is c + a @ b,
         # with a factor for either, for n matrices at a time.
@@ -1956,11 +1974,12 @@ def newton_schulz(g):
 
 class SharedMuon(torch.optim.Muon):
     """Muon (https://kellerjordan.github.io/posts/muon). Like AdamW, it keeps a running mean of a
-    matrix's gradient, the momentum. Of the directions in it a few are mostly large, and a step
-    would be nearly these alone: newton_schulz() makes all alike. PyTorch's Muon takes one matrix
-    after another; here those of a shape are computed side by side, which even on a CPU takes less
-    than half of the time. Of several processes, each steps a share of the matrices, and sends them
-    to the others."""
+    matrix's gradient, the momentum. AdamW makes the steps of single numbers alike; Muon, by
+    newton_schulz(), those of directions. A few of them are mostly large, and a step would be nearly
+    these alone, though as much may be to learn in the many small ones. PyTorch's Muon takes one
+    matrix after another; here those of a shape are computed side by side, which even on a CPU takes
+    less than half of the time. Of several processes, each steps a share of the matrices, and sends
+    them to the others."""
     def shared(self):
         """Each matrix and the process that steps it; nothing if FSDP has shared out each matrix in
         pieces, which PyTorch's Muon puts together, in every process."""
@@ -1971,7 +1990,8 @@ class SharedMuon(torch.optim.Muon):
         return [(p, i % processes) for i, p in enumerate(matrices)]
 
     def direction(self, p, momentum):
-        """The momentum with this step's gradient in it, and a part of that gradient once more."""
+        """The momentum with this step's gradient in it, and a part of that gradient once more
+        (Nesterov). a.lerp(b, w) is (1 - w) a + w b."""
         mean = self.state[p].get("momentum_buffer")
         if mean is None:
             mean = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -1990,17 +2010,22 @@ class SharedMuon(torch.optim.Muon):
             alike = [p for p in mine if p.shape == shape]
             directions = [self.direction(p, group["momentum"]) for p in alike]
             updates = newton_schulz(torch.stack(directions))
+            # With its directions alike, a matrix has numbers of about 1 / sqrt(longer side). A tall
+            # one's are brought to 1 / sqrt(columns): so each output, a sum over the columns, moves
+            # by about lr, whatever the shape. That is why this lr is so much larger than AdamW's.
             lr = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
             for p, update in zip(alike, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-lr)
         if dist.is_initialized():
             for p, owner in shared:
-                # An entry, if an empty one: a process that has none at all is asked to make some,
-                # by a step that it would take alone.
+                # This makes an entry, if an empty one. When a checkpoint is saved, PyTorch takes a
+                # step to make some if an optimiser has none. A process without a matrix of its own
+                # would do that alone, and wait in broadcast() for ever.
                 self.state[p]
                 dist.broadcast(p, owner)
-        # At first, the mean over earlier gradients is a short one: they soon are out of date.
+        # 0.85 is a mean over about 7 steps, and 0.95, 300 steps later, over 20. At first the model
+        # changes fast, and earlier gradients are soon out of date.
         group["momentum"] = min(group["momentum"] + 0.1 / 300, 0.95)
 
     @torch.no_grad()
@@ -2012,8 +2037,10 @@ class SharedMuon(torch.optim.Muon):
         return super().state_dict()
 
 def modern_optimizers(model, max_lr, weight_decay):
-    """Muon for the blocks, which are all matrices. AdamW for the tables: a row is one token's own,
-    and Muon would move a rare token's as far as a frequent one's. The factors are measured."""
+    """Muon for the blocks, which are all matrices. AdamW for the tables: a row is one token's own.
+    With AdamW it moves in the steps after its token came by; Muon would move a rare token's row as
+    far as a frequent one's. The factors were tried out: far for what is looked up, whose rows have
+    a gradient once in a while, and near for lm_head, whose rows have one from every token."""
     muon = {"params": list(model.transformer.h.parameters()), "max_lr": max_lr}
     looked_up = [model.transformer.wte.weight, *model.value_tables.parameters()]
     tables = [{"params": looked_up, "max_lr": 7.5 * max_lr},
@@ -2025,9 +2052,10 @@ def modern_optimizers(model, max_lr, weight_decay):
                               fused=True)]
 
 def trapezoid(step, cfg):
-    """Warm-up, stable, decay: up in a line, then the highest, in the second half down to min_lr in
-    a line. The first half is the same for all max_steps, so it can be gone on from: --resume with
-    more of them, from a checkpoint before the decay."""
+    """Warm-up, stable, decay: with --warmup_steps (there are none by default), up in a line; then
+    the highest; in the second half down to min_lr in a line. The first half is the same for all
+    max_steps, so it can be gone on from: --resume with more of them, from a checkpoint before the
+    decay."""
     least = cfg.min_lr / cfg.max_lr if cfg.max_lr else 0.0
     up = (step + 1) / max(cfg.warmup_steps, 1)
     left = 2 * (cfg.max_steps - step) / max(cfg.max_steps, 1)  # 1 in the middle, 0 at the end
@@ -2109,8 +2137,8 @@ class FasterGPT(GPT):
         return F.nll_loss(z - z.exp().sum(dim=1, keepdim=True).log(), targets.flatten())
 
 class FasterModernAttention(ModernAttention):
-    """Three matrices side by side are one. A GPU is done with one large product sooner than with
-    three small ones: a step is 3 % shorter."""
+    """Three matrices, apart for Muon alone, are one if they stand side by side. A GPU is done with
+    one large product sooner than with three small ones: a step is 3 % shorter."""
     def project(self, x):
         if not torch.compiler.is_compiling():
             return super().project(x)
@@ -2118,14 +2146,15 @@ class FasterModernAttention(ModernAttention):
         return F.linear(x, matrix).chunk(3, dim=-1)  # (B, T, C) each
 
 class FasterModernGPT(ModernGPT):
-    """No logit is over 15, so exp() needs no search for the largest, either. And tanh(u) is
-    2 sigmoid(2 u) - 1, which has one exp() and little else."""
+    """As in FasterGPT, no search for the largest logit: here none is over 15. And tanh(u) is
+    2 sigmoid(2 u) - 1, which has one exp() and little else: 15 tanh(z / 15) becomes
+    30 sigmoid(z / 7.5) - 15."""
     def forward(self, idx, targets=None):
         if targets is None or not torch.compiler.is_compiling():
             return super().forward(idx, targets)
         logits = F.linear(self.trunk(idx).flatten(0, 1), self.lm_head.weight)  # (B * T, rows)
         logits = 30 * torch.sigmoid(logits.float() / 7.5) - 15
-        # Rows without a token get no probability.
+        # Rows without a token get no probability. After the cap, which would make -15 of -inf.
         bias = logits.new_zeros(logits.size(1))
         bias[self.config.vocab_size:] = -math.inf
         logits = logits + bias

@@ -272,8 +272,9 @@ def curves():
         axis.axhline(0.2955, color="gray", ls="--", lw=2.5)  # hellaswag.py
     axes[1, 0].text(0.02, 0.2962, "OpenAI's GPT-2", size=18, color="dimgray")
     axes[1, 0].text(0.86, 0.2492, "chance", size=18, color="dimgray", va="top", ha="right")
-    for words, where, at in (("one of four\nprocesses\nis killed", (5.4, 3.73), (4.3, 4.6)),
-                             ("stopped\nand\nresumed", (9.5, 3.47), (8.5, 4.1))):
+    for words, where, at in (("one of four\nprocesses\nis killed", (4.75, 3.77), (4.3, 4.6)),
+                             ("stopped\nand\nresumed", (9.3, 3.47), (8.5, 4.1)),
+                             ("modern: a second start", (2.9, 3.8), (2.9, 2.82))):
         axes[0, 1].annotate(words, where, at, size=18, arrowprops=dict(arrowstyle="->", lw=2))
     axes[0, 0].set(ylim=(2.7, 5.6))
     axes[1, 0].set(ylim=(0.235, 0.302))

@@ -133,7 +133,7 @@ def test_the_hours_on_a_gpu_follow_from_its_peak_or_from_what_was_measured():
     assert len(rows) == 9
     with torch.device("meta"):
         flops = train_gpt2.flops_per_token(train_gpt2.GPT(train_gpt2.GPTConfig()), 1024)
-    factors = re.search(r"is that of `gpt2` x ([\d.]+) x ([\d.]+):", README)
+    factors = re.search(r"is that of `gpt2` x ([\d.]+) x ([\d.]+)\.", README)
     share, longer = map(float, factors.groups())
     for gpu, peak, hours, modern, how, speed, unit in rows:
         cards, name = re.fullmatch(r"(?:(\d) x )?(.+)", gpu).groups()
@@ -218,7 +218,7 @@ def test_the_readme_says_of_the_long_runs_what_their_logs_say():
         assert f"`{name}`" in line[0]
         for tokens, shown in zip(head[1:], line[1:], strict=True):
             assert shows(shown, LONG[name]["val"][step_after(tokens.split()[0])]), (name, tokens)
-    row = re.search(r"^\| GPT-2's size, the same books.*", README, re.M).group()
+    row = re.search(r"^\| GPT-2's size, books, steps of 524.*", README, re.M).group()
     claims = re.findall(r"(\d\.\d+) after (\d+) M", row)
     for (shown, tokens), name in zip(claims, ("gpt2", "modern_third", "modern"), strict=True):
         val = LONG[name]["val"]
@@ -226,13 +226,12 @@ def test_the_readme_says_of_the_long_runs_what_their_logs_say():
     scores = re.search(r"After (\d+) M tokens `gpt2` had ([\d.]+) and `modern` ([\d.]+):", README)
     for name, shown in zip(("gpt2", "modern"), scores.groups()[1:]):
         assert shows(shown, LONG[name]["hella"][step_after(scores[1])])
-    tokens, loss, below, end = re.search(
-        r"after (\d+) M of them `modern` was at ([\d.]+), ([\d.]+) below where `gpt2` ended after "
-        r"(\d+) M",
+    tokens, loss, theirs, end = re.search(
+        r"`modern` read (\d+) M tokens to be at ([\d.]+), and `gpt2` was at ([\d.]+) after (\d+) M",
         README).groups()
     third = LONG["modern_third"]["val"][step_after(tokens)]
     gpt2 = LONG["gpt2"]["val"][step_after(end)]
-    assert shows(loss, third) and shows(below, gpt2 - third)
+    assert shows(loss, third) and shows(theirs, gpt2) and third < gpt2
     share = float(re.search(r"is that of `gpt2` x ([\d.]+) x", README)[1])
     assert share == pytest.approx(step_after(tokens) / step_after(end))
 
