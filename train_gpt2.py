@@ -1977,9 +1977,9 @@ class SharedMuon(torch.optim.Muon):
     matrix's gradient, the momentum. AdamW makes the steps of single numbers alike; Muon, by
     newton_schulz(), those of directions. A few of them are mostly large, and a step would be nearly
     these alone, though as much may be to learn in the many small ones. PyTorch's Muon takes one
-    matrix after another; here those of a shape are computed side by side, which even on a CPU takes
-    less than half of the time. Of several processes, each steps a share of the matrices, and sends
-    them to the others."""
+    matrix after another; here those of a shape are computed side by side, in about half of the time
+    for matrices as small as the laptop's. Of several processes, each steps a share of the matrices,
+    and sends them to the others."""
     def shared(self):
         """Each matrix and the process that steps it; nothing if FSDP has shared out each matrix in
         pieces, which PyTorch's Muon puts together, in every process."""
@@ -2005,10 +2005,11 @@ class SharedMuon(torch.optim.Muon):
             super().step(closure)
         group = self.param_groups[0]
         rank = dist.get_rank() if dist.is_initialized() else 0
-        mine = [p for p, owner in shared if owner == rank]
+        mine = [p for p, owner in shared if owner == rank and p.grad is not None]
         for shape in {p.shape: None for p in mine}:
             alike = [p for p in mine if p.shape == shape]
-            directions = [self.direction(p, group["momentum"]) for p in alike]
+            # Rounded one by one to what newton_schulz() computes in, which takes less memory.
+            directions = [self.direction(p, group["momentum"]).bfloat16() for p in alike]
             updates = newton_schulz(torch.stack(directions))
             # With its directions alike, a matrix has numbers of about 1 / sqrt(longer side). A tall
             # one's are brought to 1 / sqrt(columns): so each output, a sum over the columns, moves

@@ -60,6 +60,16 @@ def test_matrices_side_by_side_are_as_pytorchs_muon_has_them_one_by_one():
         torch.testing.assert_close(mean, other.state[b]["momentum_buffer"], msg=name)
 
 
+def test_momentum_grows_to_its_end_and_a_frozen_matrix_stays():
+    p, frozen = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    muon = SharedMuon([p, frozen], lr=0.01, weight_decay=0.0, momentum=0.85)
+    for _ in range(310):
+        p.grad = torch.eye(2)
+        muon.step()
+    assert muon.param_groups[0]["momentum"] == pytest.approx(0.95)
+    assert torch.equal(frozen, torch.ones(2, 2)) and not torch.equal(p, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("rows, columns", [(16, 16), (24, 16), (16, 24)])
 def test_newton_schulz_keeps_directions_and_makes_them_alike(rows, columns):
     """From 0.002 of the whole on; beside it, a matrix of noughts stays one, and disturbs nobody."""
@@ -131,12 +141,34 @@ def test_two_processes_train_as_one_does_and_share_the_matrices(here, train, par
     assert losses_of(here / parallel) == pytest.approx(losses_of(here / "one"), abs=2e-3)
     # The checkpoint has each momentum, whosever it was; one process goes on from it, and the other kind, too.
     state = load_checkpoint(here / parallel / "model_00006.pt")
+    momenta = [group["momentum"] for group in state["optimizer"]["param_groups"] if "momentum" in group]
+    assert momenta == pytest.approx([0.85 + 6 * 0.1 / 300])
     assert all(kept["momentum_buffer"].abs().max() > 0
                for name, kept in state["optimizer"]["state"].items() if ".h." in name)
     alone = load_checkpoint(here / "one" / "model_00006.pt")
     for name, kept in alone["optimizer"]["state"].items():
         for key, w in kept.items():
             torch.testing.assert_close(state["optimizer"]["state"][name][key], w, rtol=5e-2, atol=5e-3)
+
+
+@pytest.mark.process
+def test_each_process_steps_its_share_alone(here, tmp_path):
+    """It has no means of the others' matrices, unless a checkpoint is saved, which sends them round."""
+    script = tmp_path / "says_what_it_has.py"
+    script.write_text(f"""import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+step = train_gpt2.SharedMuon.step
+def counted(self):
+    step(self)
+    names = [i for i, p in enumerate(self.param_groups[0]["params"]) if "momentum_buffer" in self.state[p]]
+    print("rank", os.environ["RANK"], "has", names, flush=True)
+train_gpt2.SharedMuon.step = counted
+train_gpt2.main()
+""")
+    out = ranks(2, *MODERN, "--batch_size", "2", "--max_steps", "1", "--save_every", "0", "--eval_every", "0",
+                "--log_dir", "shares", cwd=here, script=script).stdout
+    matrices = range(6)  # one layer's
+    assert f"rank 0 has {[*matrices[0::2]]}" in out and f"rank 1 has {[*matrices[1::2]]}" in out
 
 
 @pytest.mark.process
