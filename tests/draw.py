@@ -255,7 +255,8 @@ def curves():
     for name, color in RUNS.items():
         log = read_log(name)
         dashed = "--" if name == "modern_third" else "-"
-        how = dict(color=color, ls=dashed, marker="o", ms=7, lw=3, label=name, zorder=3)
+        flags = " --fp8" if name == "gpt2" else ""
+        how = dict(color=color, ls=dashed, marker="o", ms=7, lw=3, label=name + flags, zorder=3)
         for row, stream in zip(axes, ("val", "hella")):
             steps, values = list(log[stream]), list(log[stream].values())
             row[0].plot([step * TOKENS_A_STEP / 1e9 for step in steps], values, **how)
@@ -283,7 +284,7 @@ def curves():
     axes[1, 0].set_xlabel("tokens read, billions", size=21)
     axes[1, 1].set_xlabel("minutes on 4 x H200", size=21)
     axes[0, 0].legend(fontsize=19)
-    figure.suptitle("GPT-2 124M on English books", size=23)
+    figure.suptitle("GPT-2 124M, and its modern form, on English books", size=23)
     return figure
 
 

@@ -236,6 +236,42 @@ def test_the_readme_says_of_the_long_runs_what_their_logs_say():
     assert share == pytest.approx(step_after(tokens) / step_after(end))
 
 
+def test_the_speeds_of_the_long_runs_follow_from_each_other():
+    def speed(shown):
+        number, unit = shown.split()[:2]
+        return float(number) * {"k": 1e3, "M": 1e6}[unit]
+
+    def close(shown, true):
+        return shown == pytest.approx(true, rel=3e-3)
+
+    for _, _, _, _, ms, _, fast, _, _ in cells(LONG_README, "log | flags")[1:]:
+        assert close(speed(fast), draw.TOKENS_A_STEP / float(ms.split(",")[0]) * 1000)
+    rows = {row[0]: row[1:] for row in cells(LONG_README, "| 1 GPU")}
+    ms = {name: [float(re.match(r"[\d.]+", cell)[0]) if cell else None for cell in row[:3]]
+          for name, row in rows.items() if "recipe" in name}
+    assert len(ms) == 3
+    for name, (one, _, four) in ms.items():
+        _, fast = rows[name][2].split(", ")
+        assert close(speed(fast), draw.TOKENS_A_STEP / four * 1000), name
+        assert float(rows[name][3].split()[0]) == pytest.approx(one / four, abs=0.006), name
+    gpt2, modern = ms["`--recipe gpt2`"], ms["`--recipe modern`"]
+    ratios = rows["a step of `modern`, in steps of `gpt2`"][:3]
+    assert all(shows(a, m / g) for a, m, g in zip(ratios, modern, gpt2, strict=True))
+    # README repeats them.
+    said = re.search(r"took ([\d.]+), ([\d.]+) and ([\d.]+) times as long", README).groups()
+    assert list(said) == ratios
+    four, one, times = re.search(r"measured, ([\d.]+) ms a step.*? one of them took ([\d.]+) ms, "
+                                 r"([\d.]+) times", README).groups()
+    assert (float(one), float(four)) == (gpt2[0], gpt2[2]) and shows(times, gpt2[0] / gpt2[2])
+    for _, tokens, ms_xl, fast, mfu in cells(LONG_README, "| tokens a step")[1:]:
+        tokens, ms_xl = float(tokens.replace(",", "")), float(ms_xl.replace(",", ""))
+        assert close(speed(fast), tokens / ms_xl * 1000)
+    xl = re.search(r"tokens a step: (\d+) k tokens/s, (\d+) % MFU", README).groups()
+    assert shows(xl[0], speed(fast) / 1000) and shows(xl[1], float(mfu.split()[0]))
+    after = re.search(r"(\d+) seconds since the kill", LONG_README)[1]
+    assert f"{after} seconds later the next step was done" in README
+
+
 def test_the_curves_are_drawn_from_the_logs_as_they_are():
     png = (ROOT / "assets/curves.png").read_bytes()
     assert int.from_bytes(png[16:20], "big") >= 1200
@@ -243,10 +279,11 @@ def test_the_curves_are_drawn_from_the_logs_as_they_are():
     pytest.importorskip("matplotlib")
     axes = draw.curves().axes
     for axis, stream in zip(axes, ("val", "val", "hella", "hella")):
-        ends = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+        ends = {line.get_label().split()[0]: line.get_ydata()[-1] for line in axis.lines}
         for name, log in LONG.items():
             assert ends[name] == list(log[stream].values())[-1]
-    assert [line.get_xdata()[-1] for line in axes[0].lines if line.get_label() in LONG] == \
+    assert [line.get_xdata()[-1] for line in axes[0].lines
+            if line.get_label().split()[0] in LONG] == \
         [max(log["val"]) * draw.TOKENS_A_STEP / 1e9 for log in LONG.values()]
 
 
