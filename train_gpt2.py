@@ -1985,9 +1985,9 @@ class SharedMuon(torch.optim.Muon):
         """Each matrix and the process that steps it; nothing if FSDP has shared out each matrix in
         pieces, which PyTorch's Muon puts together, in every process."""
         matrices = self.param_groups[0]["params"]
-        processes = dist.get_world_size() if dist.is_initialized() else 1
         if hasattr(matrices[0], "full_tensor"):
             return []
+        processes = dist.get_world_size() if dist.is_initialized() else 1
         return [(p, i % processes) for i, p in enumerate(matrices)]
 
     def direction(self, p, momentum):
