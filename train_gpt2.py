@@ -1836,27 +1836,28 @@ class ModernAttention(CausalSelfAttention):
         self.c_proj = linear(C, C)
         self.rotary = Rotary(config)
 
-    def project(self, x):
-        return self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, C) each
-
     def heads(self, x, pos=None, e=None):
-        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ... With
-        --value_embeddings, e is a pair: rows (B, T, C) to mix with the values, and the two shares;
-        see ModernGPT.value_embeddings."""
+        """As in part I. The tokens are at pos (T,), or else at 0, 1, 2, ... For e see mix()."""
         B, T, C = x.size()
         if pos is None:
             pos = torch.arange(T, device=x.device)
         q, k, v = [vectors.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-                   for vectors in self.project(x)]
-        if e is not None:
-            rows, shares = e
-            rows = rows.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-            # Shares and rows stay float32 where matmuls are in 16 bits; the sum gets q's format.
-            v = (shares[0] * v + shares[1] * rows).to(q.dtype)
+                   for vectors in (self.c_q(x), self.c_k(x), self.c_v(x))]
         # QK-norm (arXiv:2010.04245): queries and keys get the length sqrt(hs). A dot product is at
         # most the product of the lengths, hs, and attention divides it by sqrt(hs): no score is
         # over sqrt(hs), and no head gets stuck on one token, however large c_q and c_k grow.
-        return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), v
+        return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), self.mix(v, e)
+
+    def mix(self, v, e):
+        """The values v (B, nh, T, hs). With --value_embeddings, e is a pair: rows (B, T, C) to mix
+        with them, and the two shares; see ModernGPT.value_embeddings."""
+        if e is None:
+            return v
+        B, nh, T, hs = v.size()
+        rows, shares = e
+        rows = rows.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
+        # Shares and rows stay float32 where matmuls are in 16 bits; the sum gets v's format.
+        return (shares[0] * v + shares[1] * rows).to(v.dtype)
 
     def forward(self, x, e=None):
         q, k, v = self.heads(x, e=e)
@@ -2142,12 +2143,20 @@ class FasterGPT(GPT):
 
 class FasterModernAttention(ModernAttention):
     """Three matrices, apart for Muon alone, are one if they stand side by side. A GPU is done with
-    one large product sooner than with three small ones: a step is 3 % shorter."""
-    def project(self, x):
+    one large product sooner than with three small ones. And what is done to queries and to keys is
+    done to both at once, before they are parted: a step is 4 % shorter."""
+    def heads(self, x, pos=None, e=None):
         if not torch.compiler.is_compiling():
-            return super().project(x)
+            return super().heads(x, pos, e)
+        B, T, C = x.size()
         matrix = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))  # (3 C, C)
-        return F.linear(x, matrix).chunk(3, dim=-1)  # (B, T, C) each
+        qkv = F.linear(x, matrix).view(B, T, 3, self.n_head, -1)  # (B, T, 3, nh, hs)
+        if pos is None:
+            pos = torch.arange(T, device=x.device)
+        # With pos as (T, 1, 1), the rotary cos and sin are (T, 1, 1, hs / 2): one for each token.
+        qk = rms_norm(self.rotary(qkv[:, :, :2], pos[:, None, None])).transpose(1, 3)
+        # (B, nh, 2, T, hs) and (B, T, nh, hs)
+        return qk[:, :, 0], qk[:, :, 1], self.mix(qkv[:, :, 2].transpose(1, 2), e)
 
 class FasterModernGPT(ModernGPT):
     """As in FasterGPT, no search for the largest logit: here none is over 15. And tanh(u) is
