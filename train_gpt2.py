@@ -1974,6 +1974,17 @@ def newton_schulz(g):
         x = torch.baddbmm(x, y, x, beta=3.4445)
     return x.mT if tall else x
 
+def newton_schulz_of_pieces(g):
+    """newton_schulz() where FSDP has given each process a piece of each matrix, some of its rows: g
+    is a DTensor (n, rows, columns), a tensor that several processes hold, shared out by its rows.
+    Products need whole matrices. So the processes exchange pieces until each holds some of the n
+    matrices, whole, and after the products back again."""
+    from torch.distributed.tensor import DTensor, Shard
+    mine = g.redistribute(placements=[Shard(0)]).to_local()  # (n / processes, rows, columns)
+    done = DTensor.from_local(newton_schulz(mine), g.device_mesh, [Shard(0)], shape=g.shape,
+                              stride=g.stride())
+    return done.redistribute(placements=g.placements)
+
 class SharedMuon(torch.optim.Muon):
     """Muon (https://kellerjordan.github.io/posts/muon). Like AdamW, it keeps a running mean of a
     matrix's gradient, the momentum. AdamW makes the steps of single numbers alike; Muon, by
@@ -1981,10 +1992,9 @@ class SharedMuon(torch.optim.Muon):
     these alone, though as much may be to learn in the many small ones. PyTorch's Muon takes one
     matrix after another; here those of a shape are computed side by side, in about half of the time
     for matrices as small as the laptop's. Of several processes, each steps a share of the matrices,
-    and sends them to the others."""
+    and sends them to the others. With FSDP each has a piece of each matrix, and steps that."""
     def shared(self):
-        """Each matrix and the process that steps it; nothing if FSDP has shared out each matrix in
-        pieces, which PyTorch's Muon puts together, in every process."""
+        """Each matrix and the process that steps it; with FSDP, nothing."""
         matrices = self.param_groups[0]["params"]
         if hasattr(matrices[0], "full_tensor"):
             return []
@@ -2002,17 +2012,16 @@ class SharedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        shared = self.shared()
-        if not shared:
-            super().step(closure)
         group = self.param_groups[0]
         rank = dist.get_rank() if dist.is_initialized() else 0
-        mine = [p for p, owner in shared if owner == rank and p.grad is not None]
+        shared = self.shared()
+        mine = [p for p, owner in shared if owner == rank] if shared else group["params"]
+        mine = [p for p in mine if p.grad is not None]
         for shape in {p.shape: None for p in mine}:
             alike = [p for p in mine if p.shape == shape]
             # Rounded one by one to what newton_schulz() computes in, which takes less memory.
             directions = [self.direction(p, group["momentum"]).bfloat16() for p in alike]
-            updates = newton_schulz(torch.stack(directions))
+            updates = (newton_schulz if shared else newton_schulz_of_pieces)(torch.stack(directions))
             # With its directions alike, a matrix has numbers of about 1 / sqrt(longer side). A tall
             # one's are brought to 1 / sqrt(columns): so each output, a sum over the columns, moves
             # by about lr, whatever the shape. That is why this lr is so much larger than AdamW's.

@@ -172,6 +172,27 @@ train_gpt2.main()
 
 
 @pytest.mark.process
+def test_with_fsdp_each_process_multiplies_some_of_the_matrices_whole(here, tmp_path):
+    """Of four alike each of two has two; of one, the first has it and the other an empty stack."""
+    script = tmp_path / "says_what_it_multiplies.py"
+    script.write_text(f"""import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+newton_schulz = train_gpt2.newton_schulz
+def seen(g):
+    print("rank", os.environ["RANK"], "multiplies", tuple(g.shape), type(g).__name__, flush=True)
+    return newton_schulz(g)
+train_gpt2.newton_schulz = seen
+train_gpt2.main()
+""")
+    out = ranks(2, *MODERN, "--batch_size", "2", "--max_steps", "1", "--save_every", "0", "--eval_every", "0",
+                "--parallel", "fsdp", "--log_dir", "pieces", cwd=here, script=script).stdout
+    C = int(TINY[TINY.index("--n_embd") + 1])
+    for rank, n, rows, columns in ((0, 2, C, C), (1, 2, C, C), (0, 1, C, 4 * C), (1, 0, C, 4 * C),
+                                   (0, 1, 4 * C, C), (1, 0, 4 * C, C)):
+        assert out.count(f"rank {rank} multiplies ({n}, {rows}, {columns}) Tensor") == 1
+
+
+@pytest.mark.process
 def test_two_processes_resume_to_the_same_bits(here, tmp_path):
     ranks(2, *MODERN, "--batch_size", "2", "--log_dir", "two", cwd=here)
     cut = shutil.copytree(here / "two", tmp_path / "cut")
