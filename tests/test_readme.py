@@ -257,17 +257,34 @@ def test_the_speeds_of_the_long_runs_follow_from_each_other():
     gpt2, modern = ms["`--recipe gpt2`"], ms["`--recipe modern`"]
     ratios = rows["a step of `modern`, in steps of `gpt2`"][:3]
     assert all(shows(a, m / g) for a, m, g in zip(ratios, modern, gpt2, strict=True))
-    # README repeats them.
+    # Later and on other cards; README repeats these.
+    rows = {row[0]: row[1:] for row in cells(LONG_README, "four H100")}
+    later = {name: [float(cell.split()[0].replace(",", "")) for cell in rows[f"`--recipe {name}`"]]
+             for name in ("gpt2", "modern")}
+    ratios = rows["a step of `modern`, in steps of `gpt2`"]
+    assert all(shows(a, m / g) for a, m, g in zip(ratios, later["modern"], later["gpt2"], strict=True))
     said = re.search(r"took ([\d.]+), ([\d.]+) and ([\d.]+) times as long", README).groups()
     assert list(said) == ratios
+    longer = float(re.search(r"is that of `gpt2` x [\d.]+ x ([\d.]+)\.", README)[1])
+    assert longer == pytest.approx(float(ratios[-1]), abs=0.006)
     four, one, times = re.search(r"measured, ([\d.]+) ms a step.*? one of them .*?took ([\d.]+) ms, "
                                  r"([\d.]+) times", README).groups()
     assert (float(one), float(four)) == (gpt2[0], gpt2[2]) and shows(times, gpt2[0] / gpt2[2])
-    for _, tokens, ms_xl, fast, mfu in cells(LONG_README, "| tokens a step")[1:]:
+    xl = {}
+    with torch.device("meta"):
+        flops = train_gpt2.flops_per_token(train_gpt2.GPT(train_gpt2.GPTConfig(**train_gpt2.SIZES["gpt2-xl"])), 1024)
+    for name, tokens, ms_xl, fast, mfu in cells(LONG_README, "| tokens a step")[1:]:
         tokens, ms_xl = float(tokens.replace(",", "")), float(ms_xl.replace(",", ""))
         assert close(speed(fast), tokens / ms_xl * 1000)
-    xl = re.search(r"tokens a step: (\d+) k tokens/s, (\d+) % MFU", README).groups()
-    assert shows(xl[0], speed(fast) / 1000) and shows(xl[1], float(mfu.split()[0]))
+        gpus = 1 if name.startswith("1 GPU") else 4
+        assert shows(mfu.split()[0], 100 * speed(fast) * flops / gpus / 989.5e12), name
+        xl[name] = float(fast.split()[0]), float(mfu.split()[0])
+    one, small = re.search(r"tokens a step: (\d+ k tokens/s, \d+ % MFU), as on one without; "
+                           r"in steps of 65,536 tokens (\d+) k\.", README).groups()
+    fast, mfu = re.findall(r"\d+", one)
+    fsdp = xl["4 GPUs, `--parallel fsdp --batch_size 16`"]
+    assert shows(fast, fsdp[0]) and shows(mfu, fsdp[1])
+    assert shows(small, xl["the same, in steps of one pass*"][0])
     after = re.search(r"(\d+) seconds since the kill", LONG_README)[1]
     assert f"{after} seconds later the next step was done" in README
 
