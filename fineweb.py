@@ -14,9 +14,10 @@
 A shard is a .npy file of uint16: for each document <|endoftext|> and its tokens, one document after
 the other, cut every --shard_size tokens. The first shard is the validation split. A run that was
 stopped or killed goes on after its last complete shard when the same command is given again, and
-ends with the same bytes. Local files are parquet, JSON lines (.jsonl, .json), both with the text
-under --text_key, or .txt, each of which is one document, or several with --separator; .gz and .zst
-are unpacked. Exit codes: 0 done, or stopped; 1 failed while running; 2 cannot be done as asked.
+ends with the same bytes. Local files are parquet (a packed table), JSON lines (.jsonl, .json), both
+with the text under --text_key, or .txt, each of which is one document, or several with --separator;
+.gz and .zst are unpacked. Exit codes: 0 done, or stopped; 1 failed while running; 2 cannot be done
+as asked.
 
 FineWeb-Edu: Penedo et al. 2024 (arXiv:2406.17557),
 huggingface.co/datasets/HuggingFaceFW/fineweb-edu.
@@ -81,8 +82,9 @@ def make_shards(args):
                    "TIKTOKEN_CACHE_DIR to a folder that has it"):
             tiktoken.get_encoding("gpt2")  # downloads 1.5 MB once, for all processes
 
-        # Records are counted from the first one of the first file. Those of complete shards are
-        # read again, but not tokenized.
+        # A record is what is read at a time: a row of a table, a line of JSON, a piece of a .txt.
+        # They are counted from the first one of the first file. Those of complete shards are read
+        # again, but not tokenized.
         place = shards[-1] if shards else dict(record=0, token=0)
         skip = place["record"]
         if files:
@@ -128,8 +130,9 @@ def tokenize(key, chunk):
             parts.append(encode(enc, text))
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
-# Before the last blank of several: there one of GPT-2's words ends, as the last one belongs to what
-# comes after. To tiktoken, 1C to 1F are no blanks.
+# Where a long row of blanks may be cut without another token coming of it: before its last blank.
+# GPT-2's pattern makes one word of all the others, and the last one belongs to what comes after.
+# The characters 1C to 1F are blanks to Python and none to tiktoken.
 LAST_BLANK = re.compile(r"(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 
 def encode(enc, text):
@@ -148,9 +151,10 @@ def encode(enc, text):
 HEADER = 128  # bytes before the first token in a .npy file, however many tokens
 
 def write_shards(out_dir, manifest, place, results, bar, total):
-    """Write tokens into shards, and into the manifest where each one ends: it has the first `token`
-    tokens from record number `record` on, and all before. place is where the last one ends; total
-    is how far the reading gets in the end, 0 if unknown. Raises UserError, OSError."""
+    """Write tokens into shards, and into the manifest where each one ends: of the tokens that come
+    from record number `record` on, its last one is the `token`-th. place is where the last complete
+    shard ends; total is how far the reading gets in the end, 0 if unknown. Raises UserError,
+    OSError."""
     size = manifest["shard_size"]
     shards = manifest["shards"]
     most = manifest["max_tokens"] or sys.maxsize
@@ -189,7 +193,8 @@ def finish(f, out_dir, manifest, tokens, record, token):
     f.seek(0)
     np.lib.format.write_array_header_1_0(
         f, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
-    # If a kill comes between these two, there is a manifest that says whose shard it is.
+    # A kill may come when the shard has its name and the manifest does not list it yet. Then there
+    # is at least this manifest, which says from which arguments the folder's shards are made.
     save_manifest(out_dir, manifest)
     to_disk(f, out_dir / name)
     shards.append(dict(file=name, tokens=tokens, sha256=sha256(out_dir / name), record=record,
@@ -637,7 +642,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 def main():
     """Read the flags, do what they ask."""
-    # Where a stream is closed, Python has None.
+    # A program without a console has None here: then what it prints goes nowhere.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"

@@ -7,8 +7,9 @@ is its answer.
     python hellaswag.py -m gpt2 -d cpu --limit 500     a laptop: the first 500 items
     torchrun --standalone --nproc_per_node=8 hellaswag.py -m gpt2-xl     8 GPUs share the items
 
-acc takes the ending whose tokens have the lowest summed negative log-likelihood (NLL), acc_norm the
-one with the lowest mean, which does not favour short endings. Guessing scores 0.25. Known numbers:
+acc takes the ending whose tokens have the lowest summed negative log-likelihood (NLL, what
+train_gpt2.py calls the loss, of each token), acc_norm the one with the lowest mean, which does not
+favour short endings. Guessing scores 0.25. Known numbers (the harness: see below):
 
                       acc      acc_norm     acc and acc_norm of the harness
     gpt2 (124M)       0.2859   0.2955       0.2892   0.3114
@@ -51,9 +52,10 @@ class UserError(ValueError):
 # ones filled up at the right: no token sees what comes after it, so the filling needs no mask.
 
 def rows_of(items, block_size):
-    """(tokens, n, slot) for each row, longest first: the last n tokens are to be scored, for ending
-    k of item i, slot 4 i + k. All but the last token go into the model: the last block_size of
-    them, of a longer text. An ending that is longer itself comes in pieces of half a block."""
+    """(tokens, n, slot) for each row, longest first. The last n tokens are to be scored, and the
+    score is added up in a slot: 4 i + k for ending k of item i. The model gets all but the last
+    token, and of a text longer than block_size only the end. An ending that is itself longer than
+    block_size makes several rows, each of which scores half a block of it."""
     rows = []
     for i, item in enumerate(items):
         for k, ending in enumerate(item["endings"]):
@@ -201,7 +203,7 @@ def run(tg, flags):
         tg.require(number is None or number > 0, f"--{name} {number}: it must be 1 or more")
     tg.require(flags.get("init_from") != "scratch",
                "-m scratch: random weights have nothing to score")
-    # As if to generate: then the training data may be elsewhere.
+    # Configured as for --prompt, which asks for no training data: they may be elsewhere.
     cfg, model = tg.configure({**flags, "prompt": ""})
     machine = tg.Machine(cfg)
     machine.meet()
@@ -217,6 +219,7 @@ def run(tg, flags):
     if cfg.tokenizer == "byte":
         tg.print0("note: this is a model of bytes. Its acc_norm is a mean over bytes: not "
                   "comparable with GPT-2's tokens")
+    # stderr, the standard error: by how much chance in the choice of the items moves a share.
     tg.print0("           value   stderr")
     for name, of_endings in zip(("acc", "acc_norm"), scores):
         share = accuracy(of_endings, items)
