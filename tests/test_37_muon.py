@@ -193,6 +193,46 @@ train_gpt2.main()
 
 
 @pytest.mark.process
+def test_steps_with_fsdp_are_those_of_one_process(tmp_path):
+    """Also of matrices that no number of processes divides, of a frozen one, and with weight decay."""
+    script = tmp_path / "steps.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor, Shard
+from train_gpt2 import SharedMuon, newton_schulz, newton_schulz_of_pieces
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+def pieces(w):
+    return distribute_tensor(w, mesh, [Shard(0)])
+shapes = [(7, 5), (7, 5), (7, 5), (5, 7), (2, 9), (4, 4)]
+generator = torch.Generator().manual_seed(0)
+whole = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+shared = [torch.nn.Parameter(pieces(p.detach().clone())) for p in whole]
+# Alone, each process is the owner of all; it sends nothing.
+alone = SharedMuon(whole, lr=0.02, weight_decay=0.1, momentum=0.85)
+alone.owners = lambda: [(p, dist.get_rank()) for p in whole]
+broadcast, dist.broadcast = dist.broadcast, lambda *args: None
+together = SharedMuon(shared, lr=0.02, weight_decay=0.1, momentum=0.85)
+for step in range(4):
+    for p, s in zip(whole[:-1], shared):
+        p.grad = torch.randn(p.shape, generator=generator)
+        s.grad = pieces(p.grad.clone())
+    alone.step()
+    together.step()
+for p, s in zip(whole, shared):
+    torch.testing.assert_close(s.full_tensor(), p, rtol=0, atol=1e-3)
+    assert s.placements == (Shard(0),)
+for p, s in zip(whole[:-1], shared):
+    mean = together.state[s]["momentum_buffer"]
+    torch.testing.assert_close(mean.full_tensor(), alone.state[p]["momentum_buffer"])
+g = torch.stack([s.grad for s in shared[:3]])
+assert newton_schulz_of_pieces(g).placements == g.placements == (Shard(1),)
+print("the same", flush=True)
+""")
+    assert ranks(3, cwd=tmp_path, script=script).stdout.count("the same") == 3
+
+
+@pytest.mark.process
 def test_two_processes_resume_to_the_same_bits(here, tmp_path):
     ranks(2, *MODERN, "--batch_size", "2", "--log_dir", "two", cwd=here)
     cut = shutil.copytree(here / "two", tmp_path / "cut")

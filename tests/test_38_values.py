@@ -85,6 +85,8 @@ def test_cached_is_uncached_token_for_token_also_beyond_block_size(prompts):
     expected = [naive(model, prompt, 30) for prompt in prompts]
     assert len({token for row in expected for token in row}) > 3
     assert generate(model, prompts, 30, temperature=0) == expected
+    swap_classes(model, faster_classes(TrainConfig()))  # as in a sample while it trains
+    assert generate(model, prompts, 30, temperature=0) == expected
 
 
 def test_faster_and_recomputed_blocks_hand_the_rows_on():
@@ -103,6 +105,20 @@ def test_faster_and_recomputed_blocks_hand_the_rows_on():
         with torch.autocast("cpu", torch.bfloat16):
             stream = other.trunk(idx)
         torch.testing.assert_close(stream.float(), plain.trunk(idx), rtol=0.2, atol=0.2)
+
+
+def test_compiled_attention_mixes_the_rows_in_and_turns_by_the_positions_that_it_is_given():
+    model = randomise(ModernGPT(CONFIG, value_embeddings=True), std=0.3)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 6, 32, generator=generator)
+    e = torch.randn(2, 6, 32, generator=generator), torch.tensor([0.3, 0.9])
+    pos = torch.tensor([3, 4, 5, 9, 10, 11])
+    expected = model.transformer.h[0].attn.heads(x, pos, e)
+    swap_classes(model, faster_classes(TrainConfig()))
+    attn = model.transformer.h[0].attn
+    torch._dynamo.reset()
+    for a, b in zip(torch.compile(attn.heads, backend="eager")(x, pos, e), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_learns_its_shares_and_resumes_to_the_same_bits(train, here, tmp_path):
