@@ -41,8 +41,8 @@ from torch.nn import functional as F
 # --------------------------------------------------------------------------------------------------
 # 1. The model
 # Shapes are written (B, T, C): a batch of B sequences, side by side, of T tokens each; and a token
-# is a vector of C numbers. It begins as an entry in a table, "which token am I, and where", and is
-# enriched block by block until it tells which token should come next.
+# is a vector of C numbers. It begins as two tables' rows added, "which token am I" and "where", and
+# is enriched block by block until it tells which token should come next.
 #
 # PyTorch: nn.Linear(a, b) turns a numbers into b, y = W x + bias; its parameters are W (b, a) and
 # bias (b,). Of x (B, T, a) it does so with each token's vector. nn.Embedding(n, C) is a table of n
@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # One matrix makes queries, keys and values for all heads; the other mixes what they find.
+        # The matrices of all heads, stacked into one; and one that mixes what the heads find.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -276,7 +276,7 @@ class DataLoaderLite:
         return rows[:, :-1].clone(), rows[:, 1:].clone()  # copies: a change of y leaves x alone
 
     def next_batch(self):
-        """What is this process's turn in the next B * world_size windows."""
+        """This process's own B of the next B * world_size windows."""
         first = self.position + self.rank * self.B
         self.position += self.B * self.world_size
         return self.batch(first, self.B)
@@ -1818,8 +1818,8 @@ def main():
 # PART IV: SINCE GPT-2
 #
 # GPT-2 is of 2019. With what has been found since, --recipe modern, a model came to GPT-2's loss
-# with 0.23 to 0.30 of its tokens; for that of GPT-2 with a higher rate, a third was not quite
-# enough (all measured: README). Each idea is a
+# with 0.23 to 0.30 of its tokens. If GPT-2, too, gets a higher rate, a third of the tokens is not
+# quite enough for its loss (all measured: README). Each idea is a
 # commit, with what it brought: those that git log --reverse --grep "^3[1-8]:" shows. Here are a
 # second model, which keeps GPT-2's plan but for what is named below, and has half as many heads,
 # each twice as wide; its optimisers; and its learning rate.
@@ -1829,7 +1829,7 @@ def main():
 def rms_norm(x):
     """RMSNorm (arXiv:1910.07467): a vector, which is x's last dimension, divided by the root of the
     mean of its squares. So its numbers are about 1, and that is what LayerNorm was needed for.
-    Nothing was lost without its mean, factors and offsets, and without all biases (step 32)."""
+    Nothing was lost without its mean, factors and offsets, and without all biases (commit 32)."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 def linear(a, b):
@@ -1842,7 +1842,7 @@ class Rotary(nn.Module):
     product of a query and a key depends on the difference of their angles alone: on how far apart
     two tokens are, wherever they stand. Each pair has a speed of its own. The fastest turns by 1
     radian a token, a full circle in 2 pi = 6.3 tokens, and tells near neighbours apart. The slowest
-    turns by about 1 / 10,000 radian a token, and tells far from farther."""
+    turns by about 1 / 8,000 radian a token, and tells far from farther."""
     def __init__(self, config):
         super().__init__()
         hs = config.n_embd // config.n_head
@@ -1853,8 +1853,8 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x, pos):
-        """x (B, nh, T, hs), of tokens at pos (T,), turned. (Part V has other shapes: cos and sin
-        have those of pos and one dimension more, and are multiplied with x's last ones.)"""
+        """x (B, nh, T, hs), of tokens at pos (T,), turned. (In part V pos is (T, 1, 1), and x is
+        (B, T, 2, nh, hs). cos and sin have pos's shape, with hs / 2 at the end.)"""
         cos = self.cos[pos].to(x.dtype)  # (T, hs / 2)
         sin = self.sin[pos].to(x.dtype)
         a, b = x.chunk(2, dim=-1)  # the points are (a[i], b[i])
@@ -1887,7 +1887,7 @@ class ModernAttention(CausalSelfAttention):
         # most the product of the lengths, hs, and attention divides it by sqrt(hs): no score is
         # over sqrt(hs), 11 for hs = 128, however large c_q and c_k grow. Without a bound, scores
         # can grow on and on, until a head sees one token alone and learns no more. It is an
-        # insurance: in our short runs it gained nothing (step 34).
+        # insurance: in our short runs it gained nothing (commit 34).
         return rms_norm(self.rotary(q, pos)), rms_norm(self.rotary(k, pos)), self.mix(v, e)
 
     def mix(self, v, e):
@@ -1913,8 +1913,8 @@ class ModernMLP(MLP):
         self.c_proj = linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        # ReLU² (arXiv:2109.08668) instead of GELU: cheaper, and as good. What step 35 gained by it
-        # and by beginning at zero is no more than what another seed makes.
+        # ReLU² (arXiv:2109.08668) instead of GELU: cheaper, and as good. What commit 35 gained by
+        # it and by beginning at zero is no more than what another seed makes.
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 class ModernBlock(Block):
@@ -2001,15 +2001,16 @@ def newton_schulz(g):
     """Matrices g (n, rows, columns), each with its directions made about equally large. A matrix is
     a product U S V^T, its singular value decomposition. The columns of U and of V are directions,
     of length 1 and at right angles: U^T U and V^T V are the identity. S is diagonal; its numbers,
-    the singular values, say how large each direction is. In g g^T g = U S (V^T V) S (U^T U) S V^T
-    the brackets drop out, and U S^3 V^T is left: such products change S and keep the directions. So
-    the polynomial below does to each number of S what it does to a number. After five times, all
-    that were between 0.002 and 1 are between 0.68 and 1.21, which is near enough to 1; smaller ones
-    have grown, too, but not so far."""
+    the singular values, say how large each direction is. g^T is V S U^T, so in g g^T g =
+    U S (V^T V) S (U^T U) S V^T the brackets drop out, and U S^3 V^T is left: such products change S
+    and keep the directions. So the polynomial below makes 3.4445 s - 4.775 s^3 + 2.0315 s^5 of each
+    number s in S, and leaves the directions as they are. After five times, all that were between
+    0.002 and 1 are between 0.68 and 1.21, which is near enough to 1; smaller ones have grown, too,
+    but not so far."""
     tall = g.size(1) > g.size(2)
     x = (g.mT if tall else g).bfloat16()  # with fewer rows than columns, x x^T is the small product
-    # The norm is the root of the sum of the squares of g's numbers, and that of S's numbers is the
-    # same. Divided by it, none of S is over 1.
+    # The norm is the root of the sum of the squares of g's numbers, and S's numbers have the same
+    # one. None of them is larger than it; so, divided by it, none is over 1.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         # x becomes 3.4445 x - 4.775 x x^T x + 2.0315 x x^T x x^T x. For n matrices at a time,
@@ -2036,15 +2037,15 @@ def newton_schulz_of_pieces(g):
 class SharedMuon(torch.optim.Muon):
     """Muon (https://kellerjordan.github.io/posts/muon). Like AdamW, it keeps a running mean of a
     matrix's gradient, the momentum. AdamW makes the steps of single numbers about equally large;
-    Muon does so with directions, by newton_schulz() of the momentum. In that, a few directions are
-    mostly large and many are small, and a step would be nearly the large ones alone, though as much
-    may be to learn in the small ones. PyTorch's Muon takes one matrix after another; here those of
-    a shape are computed side by side, in 0.4 of the time for matrices as small as the laptop's. Of
-    several processes, each steps a share of the matrices and sends them to the others. With FSDP,
-    each has a piece of every matrix, and steps that."""
+    Muon does so with directions, by newton_schulz() of the momentum. In the momentum, mostly, a few
+    directions are large and many small. A step along it would be nearly the large ones alone,
+    though as much may be to learn in the small ones. PyTorch's Muon takes one matrix after another;
+    here those of a shape are computed side by side, in 0.4 of the time for matrices as small as the
+    laptop's. Of several processes, each steps a share of the matrices and sends them to the others.
+    With FSDP, each has a piece of every matrix, and steps that."""
     def owners(self):
-        """Each matrix and the process that steps it; nothing with FSDP, where no process has a
-        whole one. There a matrix is a DTensor, which is known by its full_tensor()."""
+        """Each matrix and the process that steps it; an empty list with FSDP, where no process has
+        a whole one. There a matrix is a DTensor, which is told by its method full_tensor()."""
         matrices = self.param_groups[0]["params"]
         if hasattr(matrices[0], "full_tensor"):
             return []
@@ -2079,8 +2080,8 @@ class SharedMuon(torch.optim.Muon):
             updates = newton_schulz(g) if owners else newton_schulz_of_pieces(g)
             # With its directions alike, a matrix has numbers of about 1 / sqrt(longer side): a wide
             # one of 1 / sqrt(columns), and a tall one is brought to the same by a factor. An output
-            # is a sum over the columns, so it moves by about lr, whatever the shape. AdamW's lr is
-            # what one number moves by, not such a sum: that is why it is so much smaller.
+            # is a sum over the columns, so it moves by about lr, whatever the shape. Part I's lr is
+            # what one number of a matrix moves by, not such a sum: so it is much smaller.
             lr = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
             for p, update in zip(alike, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -2101,7 +2102,7 @@ class SharedMuon(torch.optim.Muon):
     @torch.no_grad()
     def state_dict(self):
         """For a checkpoint, which has all momenta. Each process has those of its own matrices: it
-        sends them to the others, which have had zeros in their place."""
+        sends them to the others, which have no use for them but this."""
         if dist.is_initialized():
             for p, owner in self.owners():
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -2198,10 +2199,11 @@ class FasterMLP(MLP):
 class FasterGPT(GPT):
     """cross_entropy, but softmax without a search. exp(x) overflows above 88, so the library looks
     for the largest logit and subtracts it from all, which does not change the shares. Any number
-    will do that keeps exp() in its range, and one is at hand: m, the target's logit + 80. The
-    target's own exp() is exp(-80) then, which is not 0 yet. Another token's overflows only if its
-    logit is 168 = 80 + 88 above the target's. That would be a loss of 168, and a bad one is 15; if
-    it happens all the same, the loss is infinite, and the run ends."""
+    will do that keeps exp() in its range, and one is at hand: m, the target's logit + 40. From
+    exp(-87) on, fast arithmetic may take 0 for it: that leaves out tokens whose logit is 47 below
+    the target's, which are of no account. exp() overflows only for one 128 = 40 + 88 above it. That
+    would be a loss of 128, and a bad one is 15; if it happens all the same, the loss is infinite,
+    and the run ends."""
     def forward(self, idx, targets=None):
         if targets is None or not torch.compiler.is_compiling():
             return super().forward(idx, targets)
@@ -2212,7 +2214,7 @@ class FasterGPT(GPT):
         logits = product(self.trunk(idx).flatten(0, 1), self.lm_head.weight, bias)  # (B * T, rows)
         # For a target of -100, which does not count, any token will do. detach(): m drops out of
         # the loss, so no gradient need go through it.
-        m = logits.detach().gather(1, targets.clamp(min=0).view(-1, 1)).float() + 80  # (B * T, 1)
+        m = logits.detach().gather(1, targets.clamp(min=0).view(-1, 1)).float() + 40  # (B * T, 1)
         z = logits.float() - m
         # nll_loss: minus the target's entry, a mean over all.
         return F.nll_loss(z - z.exp().sum(dim=1, keepdim=True).log(), targets.flatten())

@@ -3,6 +3,7 @@
 And nothing that is ragged trips over the compiled shape.
 """
 import copy
+import math
 import shutil
 
 import pytest
@@ -144,9 +145,9 @@ def by_gpt(model, idx, targets, compiled=False):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("classes", [{GPT: FasterGPT}, faster_classes(TrainConfig()),
                                      faster_classes(TrainConfig(checkpoint_activations=True))])
-@pytest.mark.parametrize("scale", [1, 38])
+@pytest.mark.parametrize("scale", [1, 29])
 def test_the_loss_by_hand_is_the_librarys(calls, scale, classes, compiled):
-    """Also of targets that do not count, and of tokens held for impossible: a loss of 155."""
+    """Also of targets that do not count, and of tokens held for impossible: a loss of 118."""
     model = randomise(GPT(CONFIG))
     with torch.no_grad():
         model.lm_head.weight *= scale
@@ -155,7 +156,7 @@ def test_the_loss_by_hand_is_the_librarys(calls, scale, classes, compiled):
     expected = by_gpt(model, idx, targets)
     with torch.no_grad():
         log_probs = model(idx).log_softmax(dim=-1).gather(2, targets.clamp(min=0)[..., None])
-    assert scale == 1 or -160 < log_probs[targets >= 0].min() < -150
+    assert scale == 1 or -124 < log_probs[targets >= 0].min() < -114
     assert expected[1].shape == (64, 16)
     assert not expected[1][50:].any()  # rows that stand for no token
     calls.clear()
@@ -191,12 +192,28 @@ def test_the_loss_by_hand_is_right_also_where_some_tokens_are_250_below_the_targ
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_loss_by_hand_counts_tokens_far_below_where_small_numbers_are_taken_for_zero():
+    """As fast arithmetic on a GPU may: of one token 12 above 49 others, the loss is log(1 + 49 exp(-12))."""
+    model = swapped(GPT(CONFIG), {GPT: FasterGPT})
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[7, 0] = 12.0
+    model.trunk = lambda idx: F.one_hot(torch.zeros_like(idx), 16).float()
+    idx = torch.full((1, 4), 7)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        loss = COMPILE(model, backend="eager", fullgraph=True)(idx, idx)
+    finally:
+        torch.set_flush_denormal(False)
+    assert loss.item() == pytest.approx(math.log1p(49 * math.exp(-12)), rel=0.05)
+
+
 def test_the_shift_is_float32_where_the_logits_are_not():
     """In bfloat16, torch 2.11 on a GPU sums with the shift unrounded, and keeps it rounded for the backward pass."""
     shifts = []
 
     def look(graph, inputs):
-        shifts.extend(node.meta["example_value"].dtype for node in graph.graph.nodes if 80 in node.args)
+        shifts.extend(node.meta["example_value"].dtype for node in graph.graph.nodes if 40 in node.args)
         return graph
 
     model = swapped(GPT(CONFIG), faster_classes(TrainConfig()))
