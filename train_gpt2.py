@@ -1350,9 +1350,8 @@ def export(model, enc, path, note):
     theirs.load_state_dict(weights)
     theirs.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.8,
                                                              top_k=50, **ids)
-    # This converter reads a vocabulary from a file. Ours is in memory: it gets that instead.
     converter = TikTokenConverter(pattern=enc._pat_str, extra_special_tokens=["<|endoftext|>"])
-    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks
+    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks  # ours is in no file to be read
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(), model_max_length=c.block_size, padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
@@ -2223,7 +2222,7 @@ class FasterModernAttention(ModernAttention):
     """Queries, keys and values by one product: the three matrices, apart as parameters, stand side
     by side here. A GPU is done with one large product sooner than with three small ones. And
     queries and keys are turned and normed together, before they are parted. Together the two make
-    a step some 5 % shorter."""
+    a step 4 to 5 % shorter."""
     def heads(self, x, pos=None, e=None):
         if not torch.compiler.is_compiling():
             return super().heads(x, pos, e)
